@@ -1,0 +1,2 @@
+class UserError(Exception):
+    """Bad input from the user: a front door prints it on one line and exits with code 2."""
