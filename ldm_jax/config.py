@@ -1,2 +1,379 @@
+"""Configurations: every field with its default, reading and overriding them, and the layout of a work directory.
+
+A configuration is an `ml_collections.ConfigDict`. A file under `configs/` starts from `base()`, changes fields, and returns it from
+`get_config(preset)`; a field that `base()` does not know is an error wherever it appears.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+TASKS = ("autoencoder", "diffusion")
+
+
 class UserError(Exception):
     """Bad input from the user: a front door prints it on one line and exits with code 2."""
+
+
+def optimizer() -> ConfigDict:
+    """AdamW or Adam. Learning rates are absolute: never multiplied by batch size or devices."""
+    return ConfigDict(
+        {
+            "kind": "adamw",  # adamw | adam
+            "learning_rate": 1e-4,  # peak
+            "schedule": "constant",  # constant | cosine | linear | inverse_sqrt
+            "warmup": 100,  # updates of linear warm-up
+            "decay_start": 0.0,  # fraction of train.steps held at the peak before cosine or linear decay begins
+            "final": 0.0,  # learning rate at the end of the decay, as a fraction of the peak
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,  # global gradient norm; 0 clips nothing
+        }
+    )
+
+
+def train() -> ConfigDict:
+    return ConfigDict(
+        {
+            "steps": 100_000,  # optimiser updates
+            "batch_size": 64,  # global
+            "accumulation": 1,  # micro-batches an update
+            "dtype": "auto",  # auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32 | float64
+            "max_nan": 10,  # updates skipped in a row for a loss that is not finite before the run stops
+            "log_every": 50,
+        }
+    )
+
+
+def first_stage() -> ConfigDict:
+    """The autoencoder: its network, its loss, and how it is trained when a run has to train it."""
+    return ConfigDict(
+        {
+            "path": "",  # a work or model directory whose first stage is taken instead of training one
+            "kind": "kl",
+            "channels": 128,
+            "channel_mult": (1, 2, 4, 4),
+            "num_res_blocks": 2,
+            "attention_levels": (),  # downsampling factors
+            "mid_attention": True,
+            "z_channels": 4,
+            "latent_channels": 4,
+            "patch_size": 1,
+            "dropout": 0.0,
+            "latent_scale": "std",  # std (one number) | channel (mean and std of each) | a number such as 0.18215
+            "loss": {
+                "pixel": "l1",  # l1 | l2
+                "perceptual_weight": 1.0,
+                "vgg": "",  # path of VGG16 weights; without them (or `linear`) the perceptual term is off
+                "linear": "",  # path of the LPIPS linear heads
+                "kl_weight": 1e-6,
+                "disc_weight": 0.5,
+                "disc_start": 50_001,  # updates before the discriminator acts
+                "disc_loss": "hinge",  # hinge | vanilla
+            },
+            "discriminator": {"features": 64, "num_layers": 3, "norm": "batch"},
+            "train": train(),
+            "optimizer": optimizer(),
+            "ema": {"decays": (0.999,)},
+        }
+    )
+
+
+def base() -> ConfigDict:
+    """Every field of a diffusion run with its default."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "task": "diffusion",  # diffusion (and its first stage where needed) | autoencoder
+            "data": {
+                "source": "shapes",  # shapes | folder | tfds
+                "path": "",  # folder: the images; tfds: the data directory
+                "name": "",  # tfds: dataset
+                "split": "train",
+                "image_key": "image",
+                "text_key": "text",
+                "label_key": "label",
+                "resolution": 64,  # pixels, square
+                "flip": False,  # random horizontal mirroring (captions that speak of left and right become wrong)
+                "size": 40_000,  # shapes: scenes
+                "seed": 1,  # shapes: which scenes
+                "counts": (1, 2, 3),  # shapes: objects a scene, equally likely; repeat a number to weigh it
+                "cache": True,  # encode once; False encodes in every step
+                "latents": "",  # where the latent cache lies, to share it between runs; default: in the work directory
+                "workers": 2,  # reading threads
+            },
+            "first_stage": first_stage(),
+            "denoiser": {
+                "kind": "unet",
+                "channels": 320,
+                "channel_mult": (1, 2, 4, 4),
+                "num_res_blocks": 2,
+                "attention_levels": (1, 2, 4),  # downsampling factors
+                "num_heads": 0,  # give this ...
+                "head_channels": 64,  # ... or this, the other 0
+                "transformer_depth": 1,
+                "scale_shift": False,
+                "resblock_updown": False,
+                "dropout": 0.0,
+                "remat": "none",  # none | blocks
+            },
+            "conditioning": {
+                "text": {
+                    "enabled": True,
+                    "drop_rate": 0.1,  # share of captions replaced by the empty one in training, for guidance
+                    "tokenizer": "train",  # train (on the captions) | path or name of a Hugging Face tokenizer
+                    "vocab_size": 1024,  # at most, of a trained tokenizer
+                    "max_length": 77,
+                    "width": 512,
+                    "depth": 6,
+                    "num_heads": 8,
+                    "head_dim": 64,
+                },
+            },
+            "diffusion": {
+                "process": "discrete",  # discrete | flow
+                "schedule": "linear",  # discrete: linear (the paper's, in sqrt(beta)) | linear_beta | cosine
+                "start": 0.0015,  # discrete: first and last beta
+                "end": 0.0195,
+                "num_steps": 1000,
+                "shift": 1.0,  # flow: resolution shift
+                "prediction": "eps",  # eps | x0 | v | flow
+                "loss": "l2",  # l1 | l2 | huber
+                "weighting": "none",  # none | min_snr
+                "gamma": 5.0,  # of min_snr
+                "time_sampling": "uniform",  # uniform | stratified | logit_normal
+                "time_mean": 0.0,  # of logit_normal
+                "time_std": 1.0,
+            },
+            "optimizer": optimizer(),
+            "ema": {"decays": (0.9999,)},  # the first is the default for sampling
+            "train": train(),
+            "sample": {
+                "every": 5000,  # updates between preview grids
+                "prompts": (),  # of the grid
+                "sampler": "ddim",
+                "steps": 50,
+                "guidance": 3.0,
+                "eta": 0.0,
+                "spacing": "trailing",
+                "seed": 0,
+                "batch_size": 50,
+            },
+            "evaluate": {
+                "prompts": 500,  # fresh prompts for each number of objects, in the table of the end (shapes only)
+                "held_out": 200,  # prompts with colour-shape pairs never seen
+                "guidance": (1.0, 2.0, 3.0, 4.0, 6.0),  # tried on other prompts; the best is reported
+                "guidance_prompts": 48,
+            },
+            "checkpoint": {"every": 1000, "keep": 2},
+            "mesh": {"data": -1, "fsdp": 1},  # -1: the remaining devices
+        }
+    )
+
+
+def load_file(spec: str) -> ConfigDict:
+    """Reads `path.py[:preset]`. Raises UserError where the file, its `get_config` or the preset is missing."""
+    path, _, preset = spec.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"no configuration file at {path}")
+    module_spec = importlib.util.spec_from_file_location("ldm_jax_config_file", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path} has no get_config(preset)")
+        config = module.get_config(preset) if preset else module.get_config()
+    except (AttributeError, KeyError, TypeError) as error:  # a locked ConfigDict names the field and the nearest one
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    return config.lock()
+
+
+def override(config: ConfigDict, path: str, text: str) -> None:
+    """Sets the field `a.b.c` from its text form; the field must exist and the value have its type. Raises UserError."""
+    *groups, name = path.split(".")
+    group = config
+    for depth, part in enumerate([*groups, name]):
+        if not isinstance(group, ConfigDict) or part not in group:
+            fields = sorted(field_paths(config))
+            near = difflib.get_close_matches(path, fields, 1, 0.5) or difflib.get_close_matches(".".join(path.split(".")[: depth + 1]), fields, 1, 0)
+            raise UserError(f"unknown configuration field {path!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+        group = group[part] if depth < len(groups) else group
+    old = group[name]
+    if isinstance(old, ConfigDict):
+        raise UserError(f"{path} is a group of fields: {', '.join(sorted(old))}")
+    group[name] = _parse(path, text, old)
+
+
+def _parse(path: str, text: str, old: Any) -> Any:
+    if path.endswith("latent_scale"):  # the one field that takes a word or a number
+        return text
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, bool) and isinstance(value, bool):
+        return value
+    if isinstance(old, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(old, int) and not isinstance(old, bool) and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(old, tuple):
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+    raise UserError(f"{path} takes {'true or false' if isinstance(old, bool) else 'a value of type ' + type(old).__name__}, not {text!r}")
+
+
+def field_paths(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all fields."""
+    paths = []
+    for name, value in config.items():
+        paths += field_paths(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
+    return paths
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Dotted name to value; sequences as lists, so that it equals what JSON gives back."""
+    values = {}
+    for path in field_paths(config):
+        value: Any = config
+        for part in path.split("."):
+            value = value[part]
+        values[path] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def from_command(spec: str, overrides: list[str]) -> ConfigDict:
+    """The configuration of a command line: a file and `--config.a.b=v` arguments. Raises UserError."""
+    config = load_file(spec)
+    for argument in overrides:
+        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
+        if not match:
+            raise UserError(f"unknown argument {argument!r}; fields of the configuration are set by --config.group.field=value")
+        override(config, match[1], match[2])
+    check(config)
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """What can be said without building anything. Raises UserError."""
+    if config.task not in TASKS:
+        raise UserError(f"task {config.task!r} is not one of {', '.join(TASKS)}")
+    stages = {"": config} if config.task == "autoencoder" or config.first_stage.path else {"": config, "first_stage.": config.first_stage}
+    for prefix, group in stages.items():
+        for name in ("steps", "batch_size", "accumulation", "max_nan", "log_every"):
+            if group.train[name] < 1:
+                raise UserError(f"{prefix}train.{name} must be at least 1, not {group.train[name]}")
+        if group.train.dtype not in ("auto", "bfloat16", "float32", "float64"):
+            raise UserError(f"{prefix}train.dtype {group.train.dtype!r} is not one of auto, bfloat16, float32, float64")
+        if not group.ema.decays or any(not 0 < d < 1 for d in group.ema.decays):
+            raise UserError(f"{prefix}ema.decays must be numbers between 0 and 1, not {group.ema.decays}")
+        if group.optimizer.warmup > group.train.steps:
+            raise UserError(f"{prefix}optimizer.warmup ({group.optimizer.warmup}) is longer than {prefix}train.steps ({group.train.steps})")
+    scale = config.first_stage.latent_scale
+    if scale not in ("std", "channel") and not _is_number(scale):
+        raise UserError(f"first_stage.latent_scale {scale!r} is not std, channel or a number")
+    factor = config.first_stage.patch_size * 2 ** (len(config.first_stage.channel_mult) - 1)
+    if config.data.resolution % factor:
+        raise UserError(f"data.resolution {config.data.resolution} is not divisible by the autoencoder's factor {factor}")
+    size = config.data.resolution // factor
+    if config.task == "diffusion" and size % 2 ** (len(config.denoiser.channel_mult) - 1):
+        raise UserError(f"latents of {size}x{size} cannot be halved {len(config.denoiser.channel_mult) - 1} times by the denoiser")
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", str(text)) is not None
+
+
+def first_stage_run(config: ConfigDict) -> ConfigDict:
+    """The configuration of the first stage's own run, as a diffusion run starts it: its `train`, `optimizer` and `ema` move to the top."""
+    run = ConfigDict(config.to_dict())
+    run.task = "autoencoder"
+    for name in ("train", "optimizer", "ema"):
+        run[name] = ConfigDict(config.first_stage[name].to_dict())
+    return run.lock()
+
+
+# Fields that may differ between the first run and the one that resumes it: they change neither weights nor what data comes when.
+_FREE = re.compile(
+    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan)|data\.(path|latents|workers)"
+    r"|first_stage\.(path|loss\.(vgg|linear))"
+)
+
+
+def check_same_run(stored: dict[str, Any], config: ConfigDict, where: str) -> None:
+    """Raises UserError with the differences where `config` would go on with another run's work directory."""
+    now = flat(config)
+    free = re.compile(_FREE.pattern + (r"|first_stage\.(train|optimizer|ema)\..*" if config.task == "autoencoder" else ""))
+    different = [
+        f"{name}: {stored.get(name, 'absent')} there, {now.get(name, 'absent')} now"
+        for name in sorted({*stored, *now})
+        if stored.get(name) != now.get(name) and not free.fullmatch(name)
+    ]
+    if different:
+        raise UserError(f"{where} belongs to another configuration ({'; '.join(different)}); choose another --workdir or undo the change")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes complete or not at all: a temporary file, fsync, rename."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    path = epath.Path(path)
+    if "://" in str(path):  # object storage: a write is atomic, and there is no rename
+        path.write_bytes(data)
+        return
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class WorkDir:
+    """Where a run keeps what it makes; see the README for the layout."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = epath.Path(path)
+        self.config = self.path / "config.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples"
+        self.model = self.path / "model"
+        self.latents = self.path / "latents"
+
+    @property
+    def first_stage(self) -> "WorkDir":
+        return WorkDir(self.path / "first_stage")
+
+    def complete(self) -> bool:
+        """Whether the run has ended and left its model: `model.json` is written last."""
+        return (self.model / "model.json").exists()
+
+    def claim(self, config: ConfigDict, command: list[str], versions: dict[str, str]) -> None:
+        """Creates the directory and its config.json, or checks that it belongs to the same run. Raises UserError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the work directory {self.path}: {error.strerror or error}") from error
+        if self.config.exists():
+            check_same_run(json.loads(self.config.read_text())["config"], config, str(self.path))
+        write_json(self.config, {"config": flat(config), "command": command, "versions": versions})

@@ -1,0 +1,99 @@
+"""What the denoiser is told: conditioners turn a batch's fields into arrays on the host, and those into network inputs on the device.
+
+The arrays of a batch have a *null* value, which replaces each example's own at the conditioner's drop rate in training, so that the denoiser also
+learns the unconditional score (Ho & Salimans 2022).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.conditioning.tokenizer import Tokenizer
+from ldm_jax.nn.text_encoder import TextTransformer
+
+Arrays = dict[str, Any]
+Params = dict[str, Any]
+
+
+class Conditioner(Protocol):
+    """One kind of condition."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def drop_rate(self) -> float: ...
+    def prepare(self, batch: Mapping[str, Any]) -> Arrays:
+        """Host: the batch's fields to numpy arrays with leading dimension B."""
+        ...
+
+    def null(self, n: int) -> Arrays:
+        """The same arrays for n examples without condition."""
+        ...
+
+    def init(self, key: jax.Array) -> Params: ...
+    def apply(self, params: Params, arrays: Arrays) -> Arrays:
+        """Device: arrays to {"crossattn": [B,L,D]}, {"concat": [B,h,w,C]} or {"vector": [B,D]}."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextConditioner:
+    """Captions through a transformer that trains with the denoiser. A batch's `text` (list of str) becomes `tokens` int32 [B,L]."""
+
+    tokenizer: Tokenizer
+    network: TextTransformer
+    drop_rate: float
+    name: str = "text"
+
+    def prepare(self, batch: Mapping[str, Any]) -> Arrays:
+        return {"tokens": self.tokenizer(batch["text"])}
+
+    def null(self, n: int) -> Arrays:
+        return {"tokens": np.repeat(self.tokenizer([""]), n, axis=0)}
+
+    def init(self, key: jax.Array) -> Params:
+        return self.network.init(key, jnp.zeros((1, self.network.max_length), jnp.int32))["params"]
+
+    def apply(self, params: Params, arrays: Arrays) -> Arrays:
+        return {"crossattn": self.network.apply({"params": params}, arrays["tokens"])}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All conditioners of a model. `params` is a dict by conditioner name."""
+
+    conditioners: Sequence[Conditioner]
+
+    def prepare(self, batch: Mapping[str, Any]) -> Arrays:
+        return {k: v for c in self.conditioners for k, v in c.prepare(batch).items()}
+
+    def null(self, n: int) -> Arrays:
+        return {k: v for c in self.conditioners for k, v in c.null(n).items()}
+
+    def init(self, key: jax.Array) -> Params:
+        return {c.name: c.init(jax.random.fold_in(key, i)) for i, c in enumerate(self.conditioners)}
+
+    def apply(self, params: Params, arrays: Arrays) -> Arrays:
+        """Several of a kind are joined: context along its length, maps along channels, vectors along features."""
+        parts: dict[str, list[Any]] = {}
+        for c in self.conditioners:
+            for kind, value in c.apply(params[c.name], arrays).items():
+                parts.setdefault(kind, []).append(value)
+        axes = {"crossattn": 1, "concat": -1, "vector": -1}
+        return {kind: jnp.concatenate(values, axes[kind]) if len(values) > 1 else values[0] for kind, values in parts.items()}
+
+    def drop(self, arrays: Arrays, key: jax.Array) -> Arrays:
+        """Replaces each example's arrays by the null ones, independently for each conditioner at its rate."""
+        out = dict(arrays)
+        for i, c in enumerate(self.conditioners):
+            null = c.null(1)
+            n = arrays[next(iter(null))].shape[0]
+            dropped = jax.random.bernoulli(jax.random.fold_in(key, i), c.drop_rate, (n,))
+            for name, value in null.items():
+                mask = dropped.reshape(n, *(1,) * (value.ndim - 1))
+                out[name] = jnp.where(mask, jnp.asarray(value, arrays[name].dtype), arrays[name])
+        return out

@@ -1,0 +1,75 @@
+"""Captions to token ids: a byte-level BPE trained on the captions, or a Hugging Face tokenizer."""
+
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+
+from ldm_jax.config import UserError
+
+_PAD, _BOS, _EOS = "[PAD]", "[BOS]", "[EOS]"
+
+
+class Tokenizer:
+    """Maps texts to int32 [B, max_length], padded and truncated. Wraps a `tokenizers.Tokenizer`, whose JSON form travels with the model."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, max_length: int) -> None:
+        self._inner = inner
+        self.max_length = max_length
+        self._inner.enable_truncation(max_length)
+        padding = self._inner.padding or {}
+        self._inner.enable_padding(
+            length=max_length, pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", _PAD), pad_type_id=padding.get("pad_type_id", 0)
+        )
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> "Tokenizer":
+        """Byte-level BPE, lower case, [BOS] and [EOS] around: every text has a code, frequent words have one token."""
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+        inner.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()])
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        inner.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[_PAD, _BOS, _EOS],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator(captions, trainer)
+        bos, eos = inner.token_to_id(_BOS), inner.token_to_id(_EOS)
+        inner.post_processor = tokenizers.processors.TemplateProcessing(single=f"{_BOS} $A {_EOS}", special_tokens=[(_BOS, bos), (_EOS, eos)])
+        return cls(inner, max_length)
+
+    @classmethod
+    def pretrained(cls, name: str, max_length: int) -> "Tokenizer":
+        """A `tokenizer.json`, a directory that holds one, or a Hugging Face name or directory. Raises UserError."""
+        for path in (name, os.path.join(name, "tokenizer.json")):
+            if os.path.isfile(path):
+                return cls(tokenizers.Tokenizer.from_file(path), max_length)
+        from transformers import AutoTokenizer  # slow to import, and only this branch needs it
+
+        try:
+            fast = AutoTokenizer.from_pretrained(name, use_fast=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer {name!r}: {str(error).splitlines()[0]}") from error
+        if not getattr(fast, "is_fast", False):
+            raise UserError(f"tokenizer {name!r} has no fast form (tokenizer.json)")
+        inner = fast.backend_tokenizer
+        inner.enable_padding(pad_id=fast.pad_token_id or 0, pad_token=fast.pad_token or _PAD)
+        return cls(inner, max_length)
+
+    @classmethod
+    def from_json(cls, text: str, max_length: int) -> "Tokenizer":
+        return cls(tokenizers.Tokenizer.from_str(text), max_length)
+
+    def to_json(self) -> str:
+        return self._inner.to_str()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._inner.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids int32 [len(texts), max_length]."""
+        return np.array([e.ids for e in self._inner.encode_batch(list(texts))], np.int32).reshape(len(texts), self.max_length)

@@ -1,0 +1,312 @@
+"""The latent cache: moments of the first stage in ArrayRecord shards, keyed by a fingerprint, safe to kill at any time.
+
+A shard is written under a temporary name, synchronised to disk and renamed, so a final name always means a whole shard
+unless the disk itself lost data, which opening the shard shows: ArrayRecord keeps its index at the end of the file.
+The marker `COMPLETE` is written last, and nothing reads a cache without it.
+
+Records are uncompressed and one to a group: float32 moments hardly compress, and a random read then fetches only its
+own record. ArrayRecord writes to file systems only, so the directory is local or mounted.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from ldm_jax.config import UserError
+from ldm_jax.data.records import decode_example, encode_example
+
+FORMAT_VERSION = 1
+MARKER = "COMPLETE"
+HEADER = "cache.json"
+
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access: no reading ahead
+_READER_BUFFER = 1 << 16  # bytes a reader holds; there is one reader a shard
+
+
+def cache_fingerprint(**parts: Any) -> str:
+    """16 hexadecimal digits that change with any of the parts, or with the format of the cache.
+
+    Args:
+        **parts: JSON values that decide what the cache holds: hash of the first stage's weights, fingerprint of the
+            source, resolution, flips.
+    """
+    canonical = json.dumps({"format": FORMAT_VERSION, **parts}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(tree: Any) -> str:
+    """16 hexadecimal digits of the paths, dtypes, shapes and bytes of a tree of arrays (nested mappings and sequences)."""
+    digest = hashlib.sha256()
+    for path, leaf in _leaves(tree, ()):
+        array = np.asarray(leaf)
+        digest.update(json.dumps([path, array.dtype.name, array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.ndim else array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(tree, Mapping):
+        children = sorted((str(key), value) for key, value in tree.items())
+    elif isinstance(tree, list | tuple):
+        children = [(str(index), value) for index, value in enumerate(tree)]
+    else:
+        yield path, tree
+        return
+    for key, child in children:
+        yield from _leaves(child, (*path, key))
+
+
+def is_complete(directory: str | Path, fingerprint: str) -> bool:
+    """Whether the directory holds a finished cache with this fingerprint."""
+    meta = _read_json(Path(directory) / MARKER)
+    return meta is not None and meta.get("fingerprint") == fingerprint
+
+
+class CacheWriter:
+    """Writes a cache shard by shard; run again after a stop, it writes only what is missing.
+
+    Every host makes a writer, writes the shards that `missing_shards` gives it, and after all hosts are done one of
+    them calls `finish`.
+
+    Args:
+        directory: of the cache; made where it is missing.
+        meta: JSON values kept with the cache; `fingerprint` is required, `flips` (False) says that each example is
+            stored twice, as it is and mirrored.
+        num_examples: examples of the source.
+        shard_size: examples in a shard.
+
+    Raises:
+        UserError: the directory holds another cache, or cannot be written.
+    """
+
+    def __init__(self, directory: str | Path, meta: dict[str, Any], num_examples: int, shard_size: int = 4096) -> None:
+        self.directory = Path(directory)
+        self.views = 2 if meta.get("flips", False) else 1
+        self.num_examples, self.shard_size = num_examples, shard_size
+        self.num_shards = -(-num_examples // shard_size)
+        sizes = {"num_examples": num_examples, "shard_size": shard_size, "num_shards": self.num_shards}
+        self.meta = {**meta, **sizes, "flips": self.views == 2, "format": FORMAT_VERSION}
+        with _reporting_disk_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        header = _read_json(self.directory / HEADER)
+        if header is not None and header.get("fingerprint") != meta["fingerprint"]:
+            raise _stale(self.directory, header.get("fingerprint"), meta["fingerprint"])
+        _write_json(self.directory / HEADER, self.meta)
+
+    def examples(self, shard: int) -> range:
+        """Indices of the examples that a shard holds."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_examples))
+
+    def missing_shards(self, process_index: int = 0, process_count: int = 1) -> list[int]:
+        """Shards that this host has to write: of p, p + P, p + 2P, ... those that are not there or not whole."""
+        return [shard for shard in range(process_index, self.num_shards, process_count) if not self._is_whole(shard)]
+
+    def _is_whole(self, shard: int) -> bool:
+        path = _shard_path(self.directory, shard, self.num_shards)
+        return _count_records(path) == len(self.examples(shard)) * self.views
+
+    @contextmanager
+    def shard(self, shard: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Gives a function that adds one example, in the order of `examples(shard)`, and commits the shard at the end.
+
+        An example holds `moments` [h, w, 2c] (mean, log-variance; raw) beside the entries of its source; its `image`
+        is not stored. Where the cache has flips, each example is followed by its mirrored view.
+
+        Raises:
+            UserError: no space left, or the directory cannot be written; nothing is left under the final name.
+            ValueError: the number of examples added is not the shard's.
+        """
+        final = _shard_path(self.directory, shard, self.num_shards)
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        with _reporting_disk_errors(self.directory), _removed_on_error(temporary):
+            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+            added = 0
+
+            def add(example: Mapping[str, Any]) -> None:
+                nonlocal added
+                writer.write(encode_example({key: value for key, value in example.items() if key != "image"}))
+                added += 1
+
+            try:
+                yield add
+            finally:
+                writer.close()
+            expected = len(self.examples(shard)) * self.views
+            if added != expected:
+                raise ValueError(f"shard {shard} takes {expected} examples (views included), {added} were added")
+            _commit(temporary, final)
+
+    def finish(self) -> None:
+        """Marks the cache as complete.
+
+        Raises:
+            ValueError: shards are missing.
+        """
+        missing = self.missing_shards()
+        if missing:
+            raise ValueError(f"{self.directory}: {len(missing)} shards are not written, the first is {missing[0]}")
+        _write_json(self.directory / MARKER, self.meta)
+
+
+class LatentCache:
+    """A finished cache as a source: `cache[i]` is the example i with `moments` [h, w, 2c] in place of `image`.
+
+    `meta` is what the writer kept; `mirrored` says that both views of each example are there, for `read`.
+
+    Raises:
+        UserError: the cache is incomplete, or its fingerprint is not the one asked for.
+    """
+
+    def __init__(self, directory: str | Path, fingerprint: str) -> None:
+        self.directory = Path(directory)
+        meta = _read_json(self.directory / MARKER)
+        if meta is None:
+            raise UserError(f"the latent cache {self.directory} is not complete; run the encoding again to finish it")
+        if meta["fingerprint"] != fingerprint:
+            raise _stale(self.directory, meta["fingerprint"], fingerprint)
+        self.meta = meta
+        self.mirrored: bool = meta["flips"]
+        self._views = 2 if self.mirrored else 1
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.meta["num_examples"]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return self.read(indices)
+
+    def read(self, indices: Sequence[int] | np.ndarray, flips: np.ndarray | None = None) -> list[dict[str, Any]]:
+        """Examples in the order of the indices, with one read a shard.
+
+        Args:
+            indices: [n], in [0, len).
+            flips: bool [n], True for the mirrored view; None for no flips. Only where `mirrored`.
+
+        Raises:
+            IndexError: an index out of range.
+            UserError: a shard that is damaged or gone.
+        """
+        examples = np.asarray(indices, np.int64)
+        if examples.size and not (0 <= examples.min() and examples.max() < len(self)):
+            raise IndexError(f"index out of range: the cache holds {len(self)} examples")
+        shards, offsets = np.divmod(examples, self.meta["shard_size"])
+        offsets = offsets * self._views + (0 if flips is None else flips)
+        found: list[Any] = [None] * len(examples)
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard).tolist()
+            for place, record in zip(places, self._read_shard(shard, offsets[places].tolist()), strict=True):
+                found[place] = decode_example(record)
+        return found
+
+    def _read_shard(self, shard: int, offsets: list[int]) -> list[bytes]:
+        path = _shard_path(self.directory, shard, self.meta["num_shards"])
+        try:
+            with self._lock:
+                if shard not in self._readers:
+                    self._readers[shard] = _open(path)
+                reader = self._readers[shard]
+            return reader.read(offsets)
+        except (RuntimeError, IndexError) as error:
+            raise UserError(
+                f"the latent cache's shard {path} cannot be read ({_first_line(error)}); delete it and the file "
+                f"{MARKER} beside it, and run the encoding again"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """The fingerprint that the cache was written with."""
+        return self.meta["fingerprint"]
+
+
+def _shard_path(directory: Path, shard: int, num_shards: int) -> Path:
+    return directory / f"shard-{shard:05d}-of-{num_shards:05d}.array_record"
+
+
+def _open(path: Path) -> ArrayRecordReader:
+    return ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
+
+
+def _count_records(path: Path) -> int:
+    """Records of a shard; -1 where it is missing or its index is damaged."""
+    if not path.exists():
+        return -1
+    try:
+        reader = _open(path)
+    except RuntimeError:
+        return -1
+    count = reader.num_records() if reader.ok() else -1
+    reader.close()
+    return count
+
+
+def _stale(directory: Path, found: str | None, wanted: str) -> UserError:
+    return UserError(
+        f"the latent cache {directory} was made from other weights, data or settings (fingerprint {found}, wanted "
+        f"{wanted}); give another data.latents or delete it"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _reporting_disk_errors(path.parent), _removed_on_error(temporary):
+        temporary.write_text(json.dumps(value, indent=2))
+        _commit(temporary, path)
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    """Renames a written file once its bytes, and then its name, are on the disk."""
+    _synchronise(temporary)
+    temporary.replace(final)
+    _synchronise(final.parent)
+
+
+def _synchronise(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    """Leaves no temporary file behind where the block fails; after a commit there is none."""
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reporting_disk_errors(directory: Path) -> Iterator[None]:
+    """Turns a full disk and forbidden writing into one line. ArrayRecord reports both as RuntimeError."""
+    full, forbidden = os.strerror(errno.ENOSPC), os.strerror(errno.EACCES)
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if full in str(error):
+            raise UserError(f"no space left for the latent cache in {directory}; free some or move data.latents") from error
+        if forbidden in str(error) or isinstance(error, FileExistsError | NotADirectoryError):
+            raise UserError(f"the latent cache cannot be written in {directory}: {_first_line(error)}") from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

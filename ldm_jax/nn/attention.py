@@ -1,0 +1,116 @@
+"""Attention: one dispatcher to the fused kernels, and the blocks of the paper's UNet (Rombach et al. 2022, section 3.3 and appendix E.2.1)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.nn.layers import Array, Dtype, kernel_init, norm, norm_groups, zeros
+
+# Below this many query positions the logits are small and XLA's own fusion is as fast as cuDNN's kernel.
+_FUSED_FROM = 1024
+
+
+def attention(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k^T / sqrt(D)) v for q [B,T,N,D], k and v [B,S,N,D]; softmax in at least float32. Returns [B,T,N,D] in q's dtype."""
+    head_dim = q.shape[-1]
+    fused = (
+        jax.default_backend() == "gpu"
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[1] >= _FUSED_FROM
+        and head_dim % 8 == 0
+        and head_dim <= 128  # the limit of every generation since Ampere, backward pass included
+    )
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention from x [B,T,C] to context [B,S,D] (self-attention where it is None); returns [B,T,C]. No biases but the output's."""
+
+    num_heads: int
+    head_dim: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array | None = None) -> Array:
+        context = x if context is None else context
+        inner = self.num_heads * self.head_dim
+
+        def project(name: str, y: Array) -> Array:
+            y = nn.Dense(inner, use_bias=False, kernel_init=kernel_init, dtype=self.dtype, name=name)(y)
+            return y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
+
+        y = attention(project("q", x), project("k", context), project("v", context))
+        return nn.Dense(x.shape[-1], kernel_init=kernel_init, dtype=self.dtype, name="out")(y.reshape(*y.shape[:2], inner))
+
+
+class GEGLU(nn.Module):
+    """Feed-forward with a gated GELU (Shazeer 2020): [B,T,C] to [B,T,C], hidden width 4C."""
+
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool = True) -> Array:
+        width = x.shape[-1]
+        h = nn.Dense(8 * width, kernel_init=kernel_init, dtype=self.dtype, name="proj")(x)
+        value, gate = jnp.split(h, 2, axis=-1)
+        h = nn.Dropout(self.dropout)(value * nn.gelu(gate, approximate=False), deterministic=deterministic)
+        return nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype, name="out")(h)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward; pre-norm (appendix E.2.1, table 16)."""
+
+    num_heads: int
+    head_dim: int
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array | None, deterministic: bool = True) -> Array:
+        def normed(name: str, y: Array) -> Array:
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)(y)
+
+        x = x + MultiHeadAttention(self.num_heads, self.head_dim, self.dtype, name="attn1")(normed("norm1", x))
+        x = x + MultiHeadAttention(self.num_heads, self.head_dim, self.dtype, name="attn2")(normed("norm2", x), context)
+        return x + GEGLU(self.dropout, self.dtype, name="ff")(normed("norm3", x), deterministic)
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map [B,H,W,C] with cross-attention to context [B,L,D]."""
+
+    num_heads: int
+    head_dim: int
+    depth: int = 1
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array | None, deterministic: bool = True) -> Array:
+        b, height, width, channels = x.shape
+        inner = self.num_heads * self.head_dim
+        h = norm(self.dtype, 1e-6, "norm", norm_groups(channels))(x).reshape(b, height * width, channels)
+        h = nn.Dense(inner, kernel_init=kernel_init, dtype=self.dtype, name="proj_in")(h)
+        for i in range(self.depth):
+            h = TransformerBlock(self.num_heads, self.head_dim, self.dropout, self.dtype, name=f"block_{i}")(h, context, deterministic)
+        h = nn.Dense(channels, kernel_init=zeros, dtype=self.dtype, name="proj_out")(h)
+        return x + h.reshape(x.shape)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions of a feature map [B,H,W,C], as in ADM and in the autoencoder's middle."""
+
+    num_heads: int = 1
+    epsilon: float = 1e-5
+    zero_init: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        b, height, width, channels = x.shape
+        h = norm(self.dtype, self.epsilon, "norm", norm_groups(channels))(x).reshape(b, height * width, channels)
+        shape = (b, height * width, self.num_heads, channels // self.num_heads)
+        q, k, v = (nn.Dense(channels, kernel_init=kernel_init, dtype=self.dtype, name=n)(h).reshape(shape) for n in "qkv")
+        h = attention(q, k, v).reshape(h.shape)
+        init = zeros if self.zero_init else kernel_init
+        return x + nn.Dense(channels, kernel_init=init, dtype=self.dtype, name="out")(h).reshape(x.shape)

@@ -1,0 +1,41 @@
+"""The text encoder that trains with the denoiser: the paper's BERTEmbedder (Rombach et al. 2022, appendix E.2.1, table 17)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ldm_jax.nn.attention import MultiHeadAttention
+from ldm_jax.nn.layers import Array, Dtype, kernel_init
+
+_embedding = nn.initializers.normal(0.02)
+
+
+class TextTransformer(nn.Module):
+    """Token ids int32 [B,L] to embeddings [B,L,width]: pre-norm transformer, learned positions, final norm, no padding mask (as in the paper).
+
+    Attributes:
+      vocab_size, max_length: sizes of the token and position tables.
+      num_heads, head_dim: 8 x 64 at any width in the paper.
+    """
+
+    vocab_size: int
+    max_length: int
+    width: int
+    depth: int
+    num_heads: int = 8
+    head_dim: int = 64
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        table = self.param("token_embedding", _embedding, (self.vocab_size, self.width))
+        positions = self.param("position_embedding", _embedding, (self.max_length, self.width))
+        x = jnp.asarray(table[tokens] + positions[: tokens.shape[1]], self.dtype)
+
+        def normed(name: str, y: Array) -> Array:
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)(y)
+
+        for i in range(self.depth):
+            x = x + MultiHeadAttention(self.num_heads, self.head_dim, self.dtype, name=f"layer_{i}_attn")(normed(f"layer_{i}_norm1", x))
+            h = nn.Dense(4 * self.width, kernel_init=kernel_init, dtype=self.dtype, name=f"layer_{i}_ff_in")(normed(f"layer_{i}_norm2", x))
+            x = x + nn.Dense(self.width, kernel_init=kernel_init, dtype=self.dtype, name=f"layer_{i}_ff_out")(nn.gelu(h, approximate=False))
+        return normed("final_norm", x)

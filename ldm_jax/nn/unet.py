@@ -1,0 +1,131 @@
+"""The paper's denoiser: ADM's UNet with cross-attention (Rombach et al. 2022, section 3.3, appendix E.2.1; Dhariwal & Nichol 2021)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
+from ldm_jax.nn.layers import Array, Conv, Dtype, ResBlock, kernel_init, norm, norm_groups, timestep_embedding, zeros
+
+REMAT = ("none", "blocks")
+
+
+class UNet(nn.Module):
+    """Predicts eps, v, x_0 or a velocity from x_t.
+
+    Block names follow the released checkpoints: `input_{i}_*`, `middle_*`, `output_{i}_*`, i counted as there.
+
+    Attributes:
+      out_channels: channels of the prediction, those of the latent.
+      channels: width of the first level; level l has channels * channel_mult[l].
+      attention_levels: downsampling factors (1, 2, 4, ...) of the levels with attention.
+      num_heads, head_channels: give one, leave the other at 0.
+      transformer_depth: blocks in each SpatialTransformer; 0 puts ADM's plain self-attention there instead.
+      scale_shift, resblock_updown: as in ADM.
+      remat: "blocks" recomputes each block's activations in the backward pass.
+    """
+
+    out_channels: int
+    channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = (4, 2, 1)
+    num_heads: int = 0
+    head_channels: int = 64
+    transformer_depth: int = 1
+    scale_shift: bool = False
+    resblock_updown: bool = False
+    dropout: float = 0.0
+    remat: str = "none"
+    dtype: Dtype = jnp.float32
+
+    def check(self) -> None:
+        """Raises ValueError where a setting is wrong or would have no effect."""
+        factors = [2**i for i in range(len(self.channel_mult))]
+        unmatched = sorted(set(self.attention_levels) - set(factors))
+        if unmatched:
+            raise ValueError(f"attention_levels {unmatched} match no level; the factors of this UNet are {factors}")
+        if bool(self.num_heads) == bool(self.head_channels):
+            raise ValueError("give one of num_heads and head_channels, and set the other to 0")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT)}")
+        for mult, factor in zip(self.channel_mult, factors, strict=True):
+            width, by = self.channels * mult, self.num_heads or self.head_channels
+            if (factor in self.attention_levels or factor == factors[-1]) and width % by:
+                raise ValueError(f"width {width} at factor {factor} is not divisible into heads ({by})")
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        crossattn: Array | None = None,
+        concat: Array | None = None,
+        vector: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """x [B,h,w,C], t float [B] (already in the embedding's units), conditioning as in `ldm_jax.conditioning`; returns [B,h,w,out_channels].
+
+        h and w must be divisible by 2**(levels - 1). The result is in at least float32.
+        """
+        emb = nn.Dense(4 * self.channels, kernel_init=kernel_init, dtype=self.dtype, name="time_embed_0")(
+            timestep_embedding(t, self.channels).astype(self.dtype)
+        )
+        emb = nn.Dense(4 * self.channels, kernel_init=kernel_init, dtype=self.dtype, name="time_embed_2")(nn.silu(emb))
+        if vector is not None:
+            emb = emb + nn.Dense(4 * self.channels, kernel_init=kernel_init, dtype=self.dtype, name="vector_embed")(vector.astype(self.dtype))
+        if concat is not None:
+            x = jnp.concatenate([x, concat.astype(x.dtype)], axis=-1)
+
+        h = Conv(self.channels, dtype=self.dtype, name="input_0_conv")(x)
+        skips, block, factor = [h], 1, 1
+        for level, mult in enumerate(self.channel_mult):
+            for _ in range(self.num_res_blocks):
+                h = self._res(f"input_{block}_res", self.channels * mult, h, emb, deterministic)
+                h = self._attention(f"input_{block}_attn", factor, h, crossattn, deterministic)
+                skips.append(h)
+                block += 1
+            if level + 1 < len(self.channel_mult):
+                if self.resblock_updown:
+                    h = self._res(f"input_{block}_down", h.shape[-1], h, emb, deterministic, "down")
+                else:
+                    h = Conv(h.shape[-1], stride=2, dtype=self.dtype, name=f"input_{block}_down")(h)
+                skips.append(h)
+                block, factor = block + 1, factor * 2
+
+        h = self._res("middle_0_res", h.shape[-1], h, emb, deterministic)
+        h = self._attention("middle_1_attn", None, h, crossattn, deterministic)
+        h = self._res("middle_2_res", h.shape[-1], h, emb, deterministic)
+
+        block = 0
+        for level, mult in reversed(list(enumerate(self.channel_mult))):
+            for i in range(self.num_res_blocks + 1):
+                h = self._res(f"output_{block}_res", self.channels * mult, jnp.concatenate([h, skips.pop()], -1), emb, deterministic)
+                h = self._attention(f"output_{block}_attn", factor, h, crossattn, deterministic)
+                if level and i == self.num_res_blocks:
+                    if self.resblock_updown:
+                        h = self._res(f"output_{block}_up", h.shape[-1], h, emb, deterministic, "up")
+                    else:
+                        h = Conv(h.shape[-1], upsample=True, dtype=self.dtype, name=f"output_{block}_up")(h)
+                    factor //= 2
+                block += 1
+
+        h = nn.silu(norm(self.dtype, 1e-5, "out_norm", norm_groups(h.shape[-1]))(h))
+        h = Conv(self.out_channels, init=zeros, dtype=self.dtype, name="out_conv")(h)
+        return h.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+    def _res(self, name: str, width: int, h: Array, emb: Array, deterministic: bool, resample: str | None = None) -> Array:
+        cls = nn.remat(ResBlock, static_argnums=(3,)) if self.remat == "blocks" else ResBlock
+        block = cls(width, 1e-5, self.dropout, self.scale_shift, resample, dtype=self.dtype, name=name)
+        return block(h, emb, deterministic)
+
+    def _attention(self, name: str, factor: int | None, h: Array, context: Array | None, deterministic: bool) -> Array:
+        """Attention at a level that has it; the middle block (factor None) always does."""
+        if factor is not None and factor not in self.attention_levels:
+            return h
+        width = h.shape[-1]
+        heads = self.num_heads or width // self.head_channels
+        if self.transformer_depth == 0:
+            plain = nn.remat(AttentionBlock) if self.remat == "blocks" else AttentionBlock
+            return plain(heads, dtype=self.dtype, name=name)(h)
+        cls = nn.remat(SpatialTransformer, static_argnums=(3,)) if self.remat == "blocks" else SpatialTransformer
+        return cls(heads, width // heads, self.transformer_depth, self.dropout, self.dtype, name=name)(h, context, deterministic)

@@ -1,0 +1,173 @@
+"""Checkpoints of the training state: asynchronous, bit exact, restored to any mesh.
+
+`directory`/<step>/ is written by Orbax under a temporary name and renamed when it is complete, so that a kill leaves nothing half-written
+that counts. Orbax takes long to import, hence the imports inside functions.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from ldm_jax.config import UserError
+from ldm_jax.sharding.rules import path_string
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run: `every` steps, the newest `keep` of them kept (None: all)."""
+
+    def __init__(self, directory: str | os.PathLike[str], every: int, keep: int | None = 2) -> None:
+        """Opens `directory`, making it where there is none.
+
+        Raises:
+            UserError: `every` or `keep` is not positive.
+        """
+        import orbax.checkpoint as ocp
+        from etils import epath
+
+        if every < 1 or (keep is not None and keep < 1):
+            raise UserError(f"checkpoint.every={every} and checkpoint.keep={keep} must be at least 1")
+        path = epath.Path(directory)
+        self._directory = path if "://" in os.fspath(path) else path.absolute()
+        self._every = every
+        self._damaged: list[int] = []
+        self._at: int | None = None  # the step last saved or restored here
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        with self._disk_errors():
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after update number `step`."""
+        return step > 0 and step % self._every == 0
+
+    def latest(self) -> int | None:
+        """The newest complete step that was not found damaged; None where there is none."""
+        return max(set(self._manager.all_steps()) - set(self._damaged), default=None)
+
+    def save(self, step: int, state: Any, wait: bool = False) -> None:
+        """Saves a pytree of arrays as `step`; the writing goes on in the background unless `wait`.
+
+        The state is copied before this returns, so that the next step may be given its buffers. The step last saved or restored is left
+        as it is; another one of the same number, from an earlier run, is replaced.
+
+        Raises:
+            UserError: no disk space, now or for the save before this one.
+        """
+        import orbax.checkpoint as ocp
+
+        with self._disk_errors(), jax.transfer_guard("allow"):
+            self._manager.wait_until_finished()
+            present = set(self._manager.all_steps())
+            if step != self._at or step not in present:
+                for old in {*self._damaged, step} & present:
+                    self._manager.delete(old)
+                self._damaged = []
+                self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+                self._at = step
+        if wait:
+            self.wait()
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> Any:
+        """The state of `step`, or the newest that can be read, on the devices of the shardings in `abstract_state`.
+
+        A damaged newest checkpoint is passed over with a warning, and removed at the next save; one asked for by `step` is not.
+
+        Args:
+            abstract_state: a tree of `jax.ShapeDtypeStruct`, each with its sharding, on whatever mesh.
+            step: a step that is there.
+
+        Raises:
+            UserError: there is no such checkpoint, none can be read, or it holds another tree, shape or dtype (every leaf is named).
+        """
+        steps = sorted(set(self._manager.all_steps()) - set(self._damaged), reverse=True)
+        if step is not None and step not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self._directory}; there are {sorted(steps) or 'none'}")
+        reasons = []
+        for candidate in steps if step is None else [step]:
+            try:
+                state = self._read(candidate, abstract_state)
+            except Exception as error:
+                # Orbax raises a plain `Exception` where the chunk of an array cannot be read: no narrower clause would catch it.
+                if type(error) is not Exception and not isinstance(error, OSError | ValueError | LookupError):
+                    raise
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+                logger.warning("CHECKPOINT DAMAGED: step %d in %s is passed over (%s)", candidate, self._directory, reason)
+                reasons.append(f"step {candidate}: {reason}")
+                if step is None:
+                    self._damaged.append(candidate)
+            else:
+                self._at = candidate
+                return state
+        raise UserError(f"no checkpoint in {self._directory} can be read; {'; '.join(reasons) or 'there is none'}")
+
+    def wait(self) -> None:
+        """Blocks until what is being written is complete.
+
+        Raises:
+            UserError: no disk space.
+        """
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and gives the background threads back."""
+        with self._disk_errors():
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, step: int, abstract_state: Any) -> Any:
+        import orbax.checkpoint as ocp
+
+        metadata = self._manager.item_metadata(step)
+        if metadata is None:
+            raise ValueError("its metadata is missing")
+        _check_same_leaves(metadata.tree, abstract_state, f"{self._directory}/{step}")
+        with jax.transfer_guard("allow"):
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            # Tensorstore reports a full disk as a ValueError with the system's words in it.
+            if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+                raise UserError(
+                    f"no disk space left for checkpoints in {self._directory}: free some, or lower checkpoint.keep"
+                ) from error
+            raise
+
+
+def _check_same_leaves(stored_tree: Any, wanted_tree: Any, where: str) -> None:
+    """Raises a UserError that lists every leaf in which the two trees differ."""
+
+    def leaves(tree: Any) -> dict[str, str]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {path_string(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flat}
+
+    stored, wanted = leaves(stored_tree), leaves(wanted_tree)
+    lines = [f"missing {name}: wanted {wanted[name]}" for name in sorted(wanted.keys() - stored.keys())]
+    lines += [f"unexpected {name}: stored {stored[name]}" for name in sorted(stored.keys() - wanted.keys())]
+    lines += [
+        f"{name}: stored {stored[name]}, wanted {wanted[name]}"
+        for name in sorted(stored.keys() & wanted.keys())
+        if stored[name] != wanted[name]
+    ]
+    if lines:
+        raise UserError(f"checkpoint {where} does not fit this configuration in {len(lines)} leaves: " + "; ".join(lines))

@@ -1,0 +1,312 @@
+"""The reader of weight files, on files that are built here by hand, without torch."""
+
+import collections
+import io
+import pickle
+import sys
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from ldm_jax.interop.torch_file import load_state_dict
+
+
+class _Call:
+    """Pickles as the call of a global function, by a name that need not exist here."""
+
+    def __init__(self, name: str, *args: Any) -> None:
+        self.name, self.args = name, args
+
+    def __reduce__(self) -> tuple:
+        return _Global(self.name), self.args
+
+
+class _Global:
+    """Pickles as a bare global name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self) -> None:
+        raise AssertionError("never called")
+
+
+class _Storage:
+    def __init__(self, kind: str, key: str, array: np.ndarray) -> None:
+        self.kind, self.key, self.array = kind, key, array
+
+
+class _Pickler(pickle._Pickler):
+    """Python's own pickler, taught to write foreign names and torch's storages."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        return (
+            ("storage", _Global(f"torch.{obj.kind}"), obj.key, "cpu", obj.array.size)
+            if isinstance(obj, _Storage)
+            else None
+        )
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        if isinstance(obj, _Global):
+            module, _, name = obj.name.rpartition(".")
+            self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        else:
+            super().save(obj, save_persistent_id)
+
+
+_KINDS = {
+    np.dtype(np.float64): "DoubleStorage",
+    np.dtype(np.float32): "FloatStorage",
+    np.dtype(np.float16): "HalfStorage",
+    np.dtype(ml_dtypes.bfloat16): "BFloat16Storage",
+    np.dtype(np.int64): "LongStorage",
+    np.dtype(np.int32): "IntStorage",
+    np.dtype(np.int16): "ShortStorage",
+    np.dtype(np.int8): "CharStorage",
+    np.dtype(np.uint8): "ByteStorage",
+    np.dtype(np.bool_): "BoolStorage",
+}
+
+
+def _strides(array: np.ndarray) -> tuple[int, ...]:
+    return tuple(step // array.itemsize for step in array.strides)
+
+
+def _tensor(storage: _Storage, offset: Any, size: Any, stride: Any) -> _Call:
+    return _Call("torch._utils._rebuild_tensor_v2", storage, offset, size, stride, False, collections.OrderedDict())
+
+
+def _of(array: np.ndarray, key: str) -> _Call:
+    return _tensor(_Storage(_KINDS[array.dtype], key, array), 0, array.shape, _strides(array))
+
+
+def _write(path: Path, obj: Any, compression: int = zipfile.ZIP_STORED, **members: bytes) -> Path:
+    stream, storages = io.BytesIO(), {}
+
+    class Pickler(_Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if isinstance(obj, _Storage):
+                storages[obj.key] = obj.array
+            return super().persistent_id(obj)
+
+    Pickler(stream, protocol=2).dump(obj)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", stream.getvalue())
+        archive.writestr("archive/byteorder", "little")
+        for key, array in storages.items():
+            archive.writestr(f"archive/data/{key}", array.tobytes())
+        for name, content in members.items():
+            archive.writestr(f"archive/{name}", content)
+    return path
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("dtype", _KINDS, ids=str)
+def test_every_dtype_is_read_exactly(tmp_path: Path, dtype: np.dtype, compression: int) -> None:
+    array = (np.arange(24).reshape(2, 3, 4) % 5).astype(dtype)
+    state = load_state_dict(_write(tmp_path / "x.pth", {"a.weight": _of(array, "0")}, compression))
+    assert list(state) == ["a.weight"] and state["a.weight"].dtype == dtype
+    np.testing.assert_array_equal(state["a.weight"], array)
+
+
+def test_tensors_share_storages_with_offsets_and_strides(tmp_path: Path) -> None:
+    base = np.arange(40, dtype=np.float32)
+    storage = _Storage("FloatStorage", "7", base)
+    path = _write(
+        tmp_path / "x.pt",
+        {
+            "slice": _tensor(storage, 4, (3,), (1,)),
+            "transposed": _tensor(storage, 0, (5, 8), (1, 5)),
+            "expanded": _tensor(storage, 2, (3, 2), (0, 1)),
+            "scalar": _tensor(storage, 39, (), ()),
+            "empty": _tensor(_Storage("FloatStorage", "8", base[:0]), 0, (0, 3), (3, 1)),
+        },
+    )
+    state = load_state_dict(path)
+    np.testing.assert_array_equal(state["slice"], [4, 5, 6])
+    np.testing.assert_array_equal(state["transposed"], base.reshape(8, 5).T)
+    np.testing.assert_array_equal(state["expanded"], [[2, 3]] * 3)
+    assert state["scalar"] == 39 and state["empty"].shape == (0, 3)
+
+
+def test_stored_members_are_mapped_not_copied(tmp_path: Path) -> None:
+    state = load_state_dict(_write(tmp_path / "x.pth", {"w": _of(np.ones(1000, np.float32), "0")}))
+    base = state["w"]
+    while isinstance(base, np.ndarray):
+        base = base.base
+    assert type(base.obj if isinstance(base, memoryview) else base).__name__ == "mmap"
+    assert not state["w"].flags.writeable
+
+
+def test_lightning_checkpoint_gives_its_state_dict(tmp_path: Path) -> None:
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    inner = collections.OrderedDict(weight=_of(weight, "0"), steps=5)
+    inner["parameter"] = _Call("torch._utils._rebuild_parameter", _of(weight, "1"), True, collections.OrderedDict())
+    checkpoint = {
+        "epoch": 3,
+        "state_dict": inner,
+        "sizes": [_Call("torch.Size", (2, 3)), None, 1.5, b"bytes", (True, {"set"})],
+        "optimizer_states": [{"state": {0: {"exp_avg": _of(weight, "2")}}}],
+    }
+    state = load_state_dict(_write(tmp_path / "last.ckpt", checkpoint))
+    assert sorted(state) == ["parameter", "weight"]
+    np.testing.assert_array_equal(state["parameter"], weight)
+
+
+def test_metadata_of_an_ordered_dict_is_ignored(tmp_path: Path) -> None:
+    state = collections.OrderedDict(w=_of(np.ones(2, np.float32), "0"))
+    state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+    assert list(load_state_dict(_write(tmp_path / "x.pth", state))) == ["w"]
+
+
+def test_safetensors_and_npz(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(3, dtype=np.float32), "b.c": np.ones((2, 2), ml_dtypes.bfloat16)}
+    save_file(arrays, tmp_path / "x.safetensors")
+    np.savez(tmp_path / "x.npz", a=arrays["a"])
+    state = load_state_dict(tmp_path / "x.safetensors")
+    for name, array in arrays.items():
+        assert state[name].dtype == array.dtype
+        np.testing.assert_array_equal(state[name], array)
+    np.testing.assert_array_equal(load_state_dict(str(tmp_path / "x.npz"))["a"], arrays["a"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "posix.system",
+        "builtins.eval",
+        "torch.load",
+        "numpy.load",
+        "torch._utils._rebuild_tensor_v2.__class__",
+    ],
+)
+def test_foreign_names_are_refused_and_nothing_runs(tmp_path: Path, name: str) -> None:
+    proof = tmp_path / "proof"
+    path = _write(tmp_path / "evil.pth", {"w": _of(np.ones(2, np.float32), "0"), "x": _Call(name, f"touch {proof}")})
+    with pytest.raises(ValueError, match=f"asks for {name}".replace(".", r"\.")) as caught:
+        load_state_dict(path)
+    assert not proof.exists() and "\n" not in str(caught.value)
+
+
+def test_the_malicious_file_would_run_in_a_plain_unpickler(tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    path = _write(tmp_path / "evil.pth", _Call("os.system", f"touch {proof}"))
+    pickle.loads(zipfile.ZipFile(path).read("archive/data.pkl"))
+    assert proof.exists()
+
+
+def test_refusal_imports_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_by_pickle.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"imported_by_pickle\.f"):
+        load_state_dict(_write(tmp_path / "x.pth", {"x": _Call("imported_by_pickle.f")}))
+    assert "imported_by_pickle" not in sys.modules
+
+
+def test_build_instruction_cannot_change_the_readers_functions(tmp_path: Path) -> None:
+    stream = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x04\x00\x00\x00callK\x01s\x86b."
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", stream)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_state_dict(path)
+    assert list(load_state_dict(_write(tmp_path / "y.pth", {"w": _of(np.ones(2, np.float32), "0")}))) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride"),
+    [
+        (0, (5,), (1,)),
+        (4, (1,), (1,)),
+        (-1, (1,), (1,)),
+        (0, (2, 2), (10**9, 1)),
+        (0, (2,), (-1,)),
+        (0, (2,), (1, 1)),
+        ("0", (1,), (1,)),
+    ],
+)
+def test_tensors_outside_of_their_storage_are_refused(tmp_path: Path, offset: Any, size: Any, stride: Any) -> None:
+    tensor = _tensor(_Storage("FloatStorage", "0", np.ones(4, np.float32)), offset, size, stride)
+    with pytest.raises(ValueError, match=r"exceeds its storage|malformed"):
+        load_state_dict(_write(tmp_path / "x.pth", {"w": tensor}))
+
+
+def test_storage_shorter_than_it_says_is_refused(tmp_path: Path) -> None:
+    short = types.SimpleNamespace(size=100, tobytes=lambda: b"\0" * 8)
+    with pytest.raises(ValueError, match="storage 0 has 8 bytes, too few for 100 x float32"):
+        load_state_dict(
+            _write(tmp_path / "x.pth", {"w": _tensor(_Storage("FloatStorage", "0", short), 0, (100,), (1,))})
+        )
+
+
+def test_truncated_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    arrays = {"w": np.ones(1000, np.float32)}
+    save_file(arrays, tmp_path / "x.safetensors")
+    np.savez(tmp_path / "x.npz", **arrays)
+    _write(tmp_path / "x.pth", {"w": _of(arrays["w"], "0")})
+    for name in ("x.safetensors", "x.npz", "x.pth"):
+        whole = (tmp_path / name).read_bytes()
+        for length in (0, 10, len(whole) // 2, len(whole) - 5):
+            (tmp_path / name).write_bytes(whole[:length])
+            with pytest.raises(ValueError) as caught:
+                load_state_dict(tmp_path / name)
+            assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(position=st.integers(0, 10**6), value=st.integers(0, 255))
+def test_one_changed_byte_gives_arrays_or_a_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, position: int, value: int
+) -> None:
+    path = _write(tmp_path_factory.mktemp("fuzz") / "x.pth", {"w": _of(np.arange(10, dtype=np.float32), "0")})
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] = value
+    path.write_bytes(content)
+    try:
+        state = load_state_dict(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(isinstance(array, np.ndarray) for array in state.values())
+
+
+def test_other_formats_and_missing_files_are_named(tmp_path: Path) -> None:
+    legacy = tmp_path / "old.pth"
+    legacy.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2))
+    with pytest.raises(ValueError, match=r"before 1\.6.*torch\.save\(torch\.load\(path\), new_path\)"):
+        load_state_dict(legacy)
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    with pytest.raises(ValueError, match="no zip archive"):
+        load_state_dict(tmp_path / "page.pth")
+    np.savez(tmp_path / "x.npz", a=np.array([{"object": 1}], dtype=object))
+    with pytest.raises(ValueError, match="plain arrays"):
+        load_state_dict(tmp_path / "x.npz")
+    with pytest.raises(FileNotFoundError, match="no weight file"):
+        load_state_dict(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("obj", [{"epoch": 1}, [1, 2], {"model": {"w": None}}, {"state_dict": 3}])
+def test_files_without_named_tensors_are_refused(tmp_path: Path, obj: Any) -> None:
+    with pytest.raises(ValueError, match="holds no named tensors"):
+        load_state_dict(_write(tmp_path / "x.pth", obj))
+
+
+def test_big_endian_and_doubled_archives_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("archive/byteorder", "big")
+    with pytest.raises(ValueError, match="big-endian"):
+        load_state_dict(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other/data.pkl", b"")
+    with pytest.raises(ValueError, match="2 members named"):
+        load_state_dict(path)
