@@ -50,7 +50,7 @@ def weights_fingerprint(tree: Any) -> str:
     for path, leaf in _leaves(tree, ()):
         array = np.asarray(leaf)
         digest.update(json.dumps([path, array.dtype.name, array.shape]).encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.ndim else array.tobytes())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 
@@ -147,7 +147,7 @@ class CacheWriter:
             _commit(temporary, final)
 
     def finish(self) -> None:
-        """Marks the cache as complete.
+        """Marks the cache as complete, and removes what killed writers left.
 
         Raises:
             ValueError: shards are missing.
@@ -155,6 +155,8 @@ class CacheWriter:
         missing = self.missing_shards()
         if missing:
             raise ValueError(f"{self.directory}: {len(missing)} shards are not written, the first is {missing[0]}")
+        for leftover in self.directory.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
         _write_json(self.directory / MARKER, self.meta)
 
 
@@ -201,7 +203,7 @@ class LatentCache:
             UserError: a shard that is damaged or gone.
         """
         examples = np.asarray(indices, np.int64)
-        if examples.size and not (0 <= examples.min() and examples.max() < len(self)):
+        if examples.size and not (examples.min() >= 0 and examples.max() < len(self)):
             raise IndexError(f"index out of range: the cache holds {len(self)} examples")
         shards, offsets = np.divmod(examples, self.meta["shard_size"])
         offsets = offsets * self._views + (0 if flips is None else flips)

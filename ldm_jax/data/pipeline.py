@@ -40,7 +40,7 @@ class Batches:
         prefetch: batches that are ready or being read ahead of the one in use.
 
     Raises:
-        UserError: the batch does not divide among the hosts.
+        UserError: the batch does not divide among the hosts, or a latent cache without mirrored views is to be flipped.
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class Batches:
     ) -> None:
         if batch_size % process_count:
             raise UserError(f"the global batch of {batch_size} examples does not divide among {process_count} hosts")
+        if flip and not getattr(source, "mirrored", True):
+            raise UserError("data.flip: the latent cache holds no mirrored views; encode again with flips")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self._share = slice(*(batch_size * p // process_count for p in (process_index, process_index + 1)))
         self._transform, self._shuffle, self._flip = transform, shuffle, flip
@@ -133,10 +135,8 @@ def read_examples(source: Any, indices: np.ndarray, flips: np.ndarray) -> list[d
     """Examples of a source, those with a true flip mirrored (or read from where their mirrored view is stored)."""
     if getattr(source, "mirrored", False):
         return source.read(indices, flips)
-    if hasattr(source, "__getitems__"):
-        examples = source.__getitems__(indices.tolist())
-    else:
-        examples = [source[index] for index in indices.tolist()]
+    read = getattr(source, "__getitems__", lambda wanted: [source[index] for index in wanted])
+    examples = read(indices.tolist())
     return [mirror(example) if flip else example for example, flip in zip(examples, flips, strict=True)]
 
 

@@ -149,7 +149,7 @@ def _sample_pairs(rng: np.random.Generator, count: int, pairs: Pairs) -> list[tu
 
 
 def _sample_layout(rng: np.random.Generator, count: int) -> list[list[float]]:
-    """[[x, y, radius], ...]: the first of many uniform layouts whose objects lie apart and, if two, in a clear relation."""
+    """[[x, y, radius], ...]: a uniform layout whose objects lie apart and, if two, in a clear relation."""
     first, second = np.triu_indices(count, 1)
     while True:
         u = rng.random((64, count, 3))

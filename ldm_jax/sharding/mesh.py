@@ -68,3 +68,9 @@ def to_global(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     sharding = batch_sharding(mesh)
     arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray) and v.dtype.kind not in "OSU"}
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}
+
+
+def split_host_arrays(tree: Any, mesh: Mesh) -> Any:
+    """Global arrays, split along axis 0, from numpy arrays that every process holds whole."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), tree)

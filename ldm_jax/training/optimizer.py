@@ -103,3 +103,14 @@ def make_optimizer(
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, decay_mask))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def from_config(group: Any, steps: int) -> optax.GradientTransformation:
+    """The transformation of an `optimizer` group for a run of `steps` updates; `final` there is a fraction of the peak."""
+    schedule = schedule_from_config(group, steps)
+    return make_optimizer(group.kind, schedule, group.b1, group.b2, group.eps, group.weight_decay, group.clip_norm)
+
+
+def schedule_from_config(group: Any, steps: int) -> Schedule:
+    peak = group.learning_rate
+    return make_schedule(group.schedule, peak, group.warmup, steps, group.final * peak, group.decay_start)

@@ -22,7 +22,7 @@ def test_paper_discriminator_has_its_layers_and_2_8_million_parameters() -> None
         (4, 4, 256, 512),
         (4, 4, 512, 1),
     ]
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 2_764_737
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 2_765_633
     assert ["bias" in shapes[name] for name in kernels] == [True, False, False, False, True]
 
 
@@ -36,14 +36,14 @@ def test_logit_map_has_the_documented_size(size: int, expected: int) -> None:
 def test_a_logit_sees_a_patch_of_70_pixels() -> None:
     model = PatchDiscriminator(features=2, norm="none")
     images = _images(128, batch=1)
-    params = model.init(jax.random.key(1), images)
+    params = jax.jit(model.init)(jax.random.key(1), images)
     seen = jax.jit(jax.grad(lambda x: model.apply(params, x)[0, 7, 7, 0]))(images)[0]
     rows = np.flatnonzero(np.abs(np.asarray(seen)).sum((1, 2)))
     assert rows[-1] - rows[0] + 1 == 70
 
 
 def test_initialisation_is_normal_with_deviation_0_02() -> None:
-    params = PatchDiscriminator(features=16).init(jax.random.key(0), _images(32))["params"]
+    params = jax.jit(PatchDiscriminator(features=16).init)(jax.random.key(0), _images(32))["params"]
     kernel = np.asarray(params["Conv_3"]["kernel"])
     assert abs(kernel.std() - 0.02) < 5e-4 and abs(kernel.mean()) < 5e-4
     scales = np.asarray(params["_Norm_2"]["scale"])
@@ -56,8 +56,8 @@ def test_images_share_statistics_with_batch_norm_only() -> None:
     changed = images.at[3].set(_images(32, batch=1, seed=9)[0])
     for norm, independent in (("batch", False), ("group", True), ("none", True)):
         model = PatchDiscriminator(features=8, norm=norm)
-        params = model.init(jax.random.key(0), images)
-        before, after = model.apply(params, images)[:3], model.apply(params, changed)[:3]
+        params, apply = jax.jit(model.init)(jax.random.key(0), images), jax.jit(model.apply)
+        before, after = apply(params, images)[:3], apply(params, changed)[:3]
         assert np.allclose(before, after, atol=1e-6) == independent, norm
 
 
@@ -78,14 +78,13 @@ def test_group_norm_equals_flax() -> None:
 
 def test_logits_are_float32_in_bfloat16_and_float64_in_float64() -> None:
     images = _images(32)
-    params = PatchDiscriminator(features=8).init(jax.random.key(0), images)
-    full = PatchDiscriminator(features=8).apply(params, images)
-    half = PatchDiscriminator(features=8, dtype=jnp.bfloat16).apply(params, images)
+    full, params = jax.jit(PatchDiscriminator(features=8).init_with_output)(jax.random.key(0), images)
+    half = jax.jit(PatchDiscriminator(features=8, dtype=jnp.bfloat16).apply)(params, images)
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, full, atol=0.05)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
-        double = PatchDiscriminator(features=8, dtype=jnp.float64).apply(wide, images.astype(jnp.float64))
+        double = jax.jit(PatchDiscriminator(features=8, dtype=jnp.float64).apply)(wide, images.astype(jnp.float64))
         assert double.dtype == jnp.float64
         np.testing.assert_allclose(double, full, atol=1e-4)
 

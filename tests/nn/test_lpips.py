@@ -33,7 +33,7 @@ def test_distance_is_zero_for_equal_symmetric_and_positive(params: dict) -> None
     distance = _distance(params, x, y)
     assert distance.shape == (2,) and distance.dtype == jnp.float32
     assert np.all(distance > 0)
-    np.testing.assert_array_equal(_distance(params, x, x), 0)
+    np.testing.assert_allclose(_distance(params, x, x), 0, atol=1e-12)
     np.testing.assert_allclose(distance, _distance(params, y, x), rtol=1e-6)
 
 

@@ -1,0 +1,174 @@
+"""Stage 1: the autoencoder, with perceptual and patch-adversarial loss (Rombach et al. 2022, section 3.1 and appendix G)."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax.config import UserError
+from ldm_jax.data.pipeline import Batches, stack
+from ldm_jax.data.sources import Source
+from ldm_jax.latent_diffusion import FirstStage, build_autoencoder, compute_dtype, init_autoencoder, to_float, to_uint8
+from ldm_jax.nn.autoencoder import kl_divergence
+from ldm_jax.nn.discriminator import PatchDiscriminator
+from ldm_jax.training import optimizer
+from ldm_jax.training import state as states
+from ldm_jax.training.autoencoder_loss import (
+    AutoencoderLoss,
+    AutoencoderParams,
+    Networks,
+    combine,
+    gan_gradients,
+    load_lpips,
+    reconstruction_gradients,
+    split_gan_gradients,
+)
+from ldm_jax.training.state import Metrics, State, key_for
+
+_LAST = "conv_out"  # the decoder's last convolution, at which the two losses are weighed
+
+
+class AutoencoderStage:
+    """Stage 1 as the loop takes it: `init`, `update`, `preview`.
+
+    A batch is `image` uint8 [B,H,W,3] and, with accumulation, is cut after its random draws. The discriminator exists from the first step on, but
+    acts and learns only from `disc_start` on: `phase` tells the loop which of the two programs a step runs.
+    """
+
+    name = "first stage"
+
+    def __init__(self, config: ConfigDict, source: Source, perceptual: Any = None) -> None:
+        group, self.config, self.source = config.first_stage, config, source
+        self.dtype = compute_dtype(config.train.dtype)
+        self.network = build_autoencoder(group.to_dict(), self.dtype)
+        self.discriminator = PatchDiscriminator(**group.discriminator.to_dict(), dtype=self.dtype)
+        self.disc_start = group.loss.disc_start
+        names = ("pixel", "perceptual_weight", "kl_weight", "disc_weight", "disc_loss")
+        try:
+            self.loss = AutoencoderLoss(**{name: group.loss[name] for name in names})
+            self.abstract_params = jax.eval_shape(self._params, jax.random.key(0))
+        except ValueError as error:
+            raise UserError(f"first_stage: {error}") from error
+        paths = [p for p in (group.loss.vgg, group.loss.linear) if p]
+        self.perceptual = load_lpips(*paths) if perceptual is None and paths else perceptual
+        make = optimizer.from_config(config.optimizer, config.train.steps)
+        self.optimizers = {"autoencoder": make, "discriminator": make}
+        if self.discriminator.norm == "batch" and config.train.accumulation > 1:
+            raise UserError(
+                "first_stage.discriminator.norm=batch takes its statistics from each micro-batch: use group, or train.accumulation=1"
+            )
+
+    def notes(self) -> Iterator[str]:
+        """What a user should know before the run."""
+        if self.perceptual is None:
+            yield "perceptual loss off: give first_stage.loss.vgg and first_stage.loss.linear to turn it on"
+
+    def _params(self, key: jax.Array) -> dict[str, Any]:
+        keys = jax.random.split(key)
+        images = jnp.zeros((1, self.config.data.resolution, self.config.data.resolution, 3))
+        params = {
+            "autoencoder": init_autoencoder(self.network, keys[0], self.config.data.resolution),
+            "discriminator": self.discriminator.init(keys[1], images)["params"],
+        }
+        return states.cast(params, self.dtype)
+
+    def init(self, key: jax.Array) -> State:
+        """A fresh state; pure."""
+        return states.create(self._params(key), self.optimizers, ("autoencoder",), tuple(self.config.ema.decays))
+
+    def batches(self, **kwargs: Any) -> Batches:
+        data = self.config.data
+        return Batches(
+            self.source, self.config.train.batch_size, self.config.seed, transform=only_images, flip=data.flip, workers=data.workers, **kwargs
+        )
+
+    def phase(self, step: int) -> bool:
+        """Whether the discriminator acts in the update after `step` others."""
+        return step >= self.disc_start
+
+    @cached_property
+    def _networks(self) -> Networks:
+        def forward(body: Any, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+            variables = {"params": body}
+            moments = self.network.apply(variables, images, method="moments")
+            mean, log_var = jnp.split(moments, 2, axis=-1)
+            z = mean + jnp.exp(0.5 * log_var) * noise
+            return self.network.apply(variables, z, method="features"), kl_divergence(moments), None
+
+        return Networks(
+            forward,
+            lambda last, h: self.network.apply({"params": {_LAST: last}}, h, method="head"),
+            lambda params, images: self.discriminator.apply({"params": params}, images),
+        )
+
+    def update(self, state: State, batch: Mapping[str, jax.Array], root: jax.Array, adversarial: bool) -> tuple[State, Metrics]:
+        """One update of the autoencoder and, where `adversarial` (static), of the discriminator. Pure."""
+        images = to_float(batch["image"], jnp.promote_types(self.dtype, jnp.float32))
+        shape = jax.eval_shape(lambda x: self.network.apply({"params": state.params["autoencoder"]}, x, method="moments"), images)
+        channels = shape.shape[-1] // 2
+        noise = jax.random.normal(key_for(root, "posterior", state.step), (*shape.shape[:-1], channels), shape.dtype)
+        grads, metrics = self._gradients(state.params, images, noise, adversarial)
+        optimizers = self.optimizers if adversarial else {"autoencoder": self.optimizers["autoencoder"]}
+        state, more = states.apply_updates(state, grads, metrics["loss/nll"], optimizers, tuple(self.config.ema.decays))
+        return state, metrics | more
+
+    def _gradients(self, params: dict[str, Any], images: jax.Array, noise: jax.Array, adversarial: bool) -> tuple[dict[str, Any], Metrics]:
+        body = dict(params["autoencoder"])
+        split = AutoencoderParams(body, body.pop(_LAST))
+        parts, fixed = self.config.train.accumulation, (self.loss, self._networks, split)
+        if not adversarial:
+
+            def one(part: Any) -> Any:
+                return reconstruction_gradients(*fixed, self.perceptual, *part)[:2]
+
+            grads, metrics = states.accumulate(one, (images, noise), parts)
+            return {"autoencoder": _joined(grads)}, metrics
+        disc = params["discriminator"]
+        if parts == 1:
+            grads, disc_grads, metrics, _ = gan_gradients(*fixed, disc, self.perceptual, images, noise)
+        else:
+
+            def one(part: Any) -> Any:
+                return split_gan_gradients(*fixed, disc, self.perceptual, *part)[:4]
+
+            rec, gan, disc_grads, metrics = states.accumulate(one, (images, noise), parts)
+            grads, weight = combine(self.loss, rec, gan)
+            metrics = metrics | {"adaptive_weight": weight}
+        return {"autoencoder": _joined(grads), "discriminator": disc_grads}, metrics
+
+    @cached_property
+    def _reconstruct(self) -> Any:
+        stage = FirstStage(self.network)
+        return jax.jit(lambda params, images: to_uint8(stage.decode(params, stage.latents(stage.moments(params, to_float(images))))))
+
+    @cached_property
+    def _preview_images(self) -> np.ndarray:
+        indices = np.arange(min(16, len(self.source)))
+        return stack([{"image": self.source[int(i)]["image"]} for i in indices])["image"]
+
+    def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
+        """Pictures and their reconstructions side by side by the EMA weights: (uint8 [N,H,W,3], columns, captions)."""
+        images = self._preview_images
+        decay = str(self.config.ema.decays[0])
+        with jax.transfer_guard("allow"):
+            recon = np.asarray(self._reconstruct(state.ema[decay]["autoencoder"], images))
+        return np.stack([images, recon], axis=1).reshape(-1, *images.shape[1:]), 8, None
+
+
+def only_images(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"image": batch["image"]}
+
+
+def _joined(grads: AutoencoderParams) -> dict[str, Any]:
+    return {**grads.body, _LAST: grads.last}
+
+
+def reconstructions(stage: FirstStage, params: Any, images: np.ndarray, batch_size: int = 50) -> np.ndarray:
+    """uint8 [N,H,W,3] through the mode of the posterior and back, in batches."""
+    run = jax.jit(lambda p, x: to_uint8(stage.decode(p, stage.latents(stage.moments(p, to_float(x))))))
+    return np.concatenate([np.asarray(run(params, images[i : i + batch_size])) for i in range(0, len(images), batch_size)])
+

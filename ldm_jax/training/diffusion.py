@@ -1,0 +1,171 @@
+"""Stage 2: the denoiser in latent space, with its conditioners (Rombach et al. 2022, sections 3.2 and 3.3, equations 2 and 3)."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax.config import UserError
+from ldm_jax.data.latents import LatentCache
+from ldm_jax.data.pipeline import Batches
+from ldm_jax.data.sources import Source
+from ldm_jax.diffusion.losses import DiffusionLoss, TimeSampling, bucketed, noised, per_example, sample_times
+from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, timesteps
+from ldm_jax.latent_diffusion import (
+    Denoiser,
+    FirstStage,
+    LatentDiffusion,
+    Params,
+    build_conditioning,
+    build_denoiser,
+    compute_dtype,
+    generate_jit,
+    to_float,
+)
+from ldm_jax.training import optimizer
+from ldm_jax.training import state as states
+from ldm_jax.training.state import Metrics, State, key_for
+
+TIME_BUCKETS = 4
+
+
+def build_loss(group: ConfigDict) -> DiffusionLoss:
+    """The loss of a `diffusion` group. Raises UserError."""
+    try:
+        times = TimeSampling(group.time_sampling, group.time_mean, group.time_std)
+        return DiffusionLoss(prediction=group.prediction, loss=group.loss, weighting=group.weighting, gamma=group.gamma, times=times)
+    except ValueError as error:
+        raise UserError(f"diffusion: {error}") from error
+
+
+class DiffusionStage:
+    """Stage 2 as the loop takes it: `init`, `update`, `preview`.
+
+    A batch holds the conditioners' arrays and `moments` [B,h,w,2c] (raw), or `image` uint8 [B,H,W,3] where nothing is cached; latents are sampled
+    from the moments anew at every step.
+    """
+
+    name = "denoiser"
+
+    def __init__(
+        self, config: ConfigDict, first_stage: FirstStage, first_stage_params: Params, source: Source | LatentCache, tokenizer: Any
+    ) -> None:
+        self.config, self.source = config, source
+        self.first_stage, self.first_stage_params = first_stage, first_stage_params
+        self.dtype = compute_dtype(config.train.dtype)
+        group = config.conditioning.to_dict()
+        conditioning = build_conditioning(group, tokenizer, self.dtype)
+        channels = first_stage.network.latent_channels
+        self.denoiser: Denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, channels, self.dtype)
+        self.loss = build_loss(config.diffusion)
+        self.sampler = _sampler(config.sample, self.denoiser)
+        size = config.data.resolution // first_stage.network.factor
+        self.latent_shape = (size, size, channels)
+        self.optimizers = {"all": optimizer.from_config(config.optimizer, config.train.steps)}
+
+    def notes(self) -> Iterator[str]:
+        """What a user should know before the run."""
+        if not self.config.data.cache:
+            yield "data.cache=False: images are encoded in every step"
+        if self.config.conditioning.text.enabled and self.config.conditioning.text.drop_rate == 0 and self.config.sample.guidance != 1:
+            yield "conditioning.text.drop_rate=0: the unconditional score is not learned, so guidance means nothing"
+
+    def init(self, key: jax.Array) -> State:
+        """A fresh state; pure."""
+        params = states.cast(self.denoiser.init(key, self.latent_shape), self.dtype)
+        return states.create(params, self.optimizers, ("denoiser", "conditioner"), tuple(self.config.ema.decays))
+
+    def batches(self, **kwargs: Any) -> Batches:
+        data = self.config.data
+        return Batches(
+            self.source, self.config.train.batch_size, self.config.seed, transform=self._transform, flip=data.flip, workers=data.workers, **kwargs
+        )
+
+    def _transform(self, batch: dict[str, Any]) -> dict[str, Any]:
+        latents = "moments" if "moments" in batch else "image"
+        return {latents: batch[latents], **self.denoiser.conditioning.prepare(batch)}
+
+    def phase(self, step: int) -> bool:
+        """One program serves all steps."""
+        return False
+
+    def update(self, state: State, batch: Mapping[str, jax.Array], root: jax.Array, phase: bool) -> tuple[State, Metrics]:
+        """One update of denoiser and conditioners. Pure."""
+        draws = self._draw(state.step, batch, root)
+        arrays = {k: v for k, v in batch.items() if k not in ("moments", "image")}
+        arrays = self.denoiser.conditioning.drop(arrays, key_for(root, "drop", state.step))
+        dropout = key_for(root, "dropout", state.step) if self.config.denoiser.dropout else None
+
+        def loss(params: Params, part: Any) -> tuple[jax.Array, Metrics]:
+            x0, eps, t, arrays = part
+            condition = self.denoiser.condition(params, arrays)
+            x_t = noised(self.denoiser.process, x0, eps, t)
+            pred = self.denoiser.denoise(params, x_t, t, condition, dropout)
+            each = per_example(self.denoiser.process, self.loss, pred, x0, eps, t)
+            sums, counts = bucketed(each, self.denoiser.process.fraction_of(t), TIME_BUCKETS)
+            return each.mean(), {"sums": sums, "counts": counts.astype(sums.dtype)}
+
+        def one(part: Any) -> Any:
+            (value, buckets), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
+            return value, buckets, grads
+
+        value, buckets, grads = states.accumulate(one, (*draws, arrays), self.config.train.accumulation)
+        state, metrics = states.apply_updates(state, grads, value, self.optimizers, tuple(self.config.ema.decays))
+        by_time = buckets["sums"] / buckets["counts"]
+        return state, metrics | {"loss": value} | {f"loss/t{i}": by_time[i] for i in range(TIME_BUCKETS)}
+
+    def _draw(self, step: jax.Array, batch: Mapping[str, jax.Array], root: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(x_0, eps, t) of the global batch."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        if "moments" in batch:
+            moments = batch["moments"].astype(wide)
+        else:
+            images = to_float(batch["image"], wide)
+            moments = jax.lax.stop_gradient(self.first_stage.moments(self.first_stage_params, images)).astype(wide)
+        x0 = self.first_stage.latents(moments, key_for(root, "posterior", step))
+        eps = jax.random.normal(key_for(root, "noise", step), x0.shape, wide)
+        t = sample_times(self.loss.times, self.denoiser.process, key_for(root, "time", step), x0.shape[0])
+        return x0, eps, t.astype(wide)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """Captions of the preview: `sample.prompts`, filled up to 16 with captions of the data."""
+        given = list(self.config.sample.prompts)[:32]
+        missing = range(min(max(16 - len(given), 0), len(self.source)))
+        return given + [caption(self.source, i) for i in missing] if self.config.conditioning.text.enabled else [""] * 16
+
+    def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
+        """Samples of fixed prompts and noise by the EMA weights: (uint8 [N,H,W,3], columns, captions)."""
+        params = {**state.ema[str(self.config.ema.decays[0])], "first_stage": self.first_stage_params}
+        conditioning, n = self.denoiser.conditioning, len(self.prompts)
+        index = np.arange(n)
+        with jax.transfer_guard("allow"):
+            arrays, null = conditioning.prepare({"text": self.prompts}), conditioning.null(n)
+            seed = self.config.sample.seed
+            noise, keys = initial_noise(seed, index, self.latent_shape), image_keys(seed, index)
+            guidance = self.config.sample.guidance
+            images = generate_jit(self.first_stage, self.denoiser, self.sampler, params, noise, arrays, null, guidance, keys)
+            return np.asarray(images), 8, self.prompts if conditioning.conditioners else None
+
+    def model(self, params: Params, info: dict[str, Any]) -> LatentDiffusion:
+        """The model of some (EMA) parameters, for sampling and for `model/`."""
+        return LatentDiffusion(self.first_stage, self.denoiser, {"first_stage": self.first_stage_params, **params}, info)
+
+
+def _sampler(group: ConfigDict, denoiser: Denoiser) -> SamplerSettings:
+    """The settings of a `sample` group, checked against the process. Raises UserError."""
+    try:
+        settings = SamplerSettings(group.sampler, group.steps, group.eta, group.spacing)
+        timesteps(denoiser.process, settings)
+    except ValueError as error:
+        raise UserError(f"sample: {error}") from error
+    return settings
+
+
+def caption(source: Any, index: int) -> str:
+    """The caption of one example, without drawing or decoding its picture where the source can say it alone."""
+    return source.caption(index) if hasattr(source, "caption") else source[index]["text"]

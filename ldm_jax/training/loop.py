@@ -1,0 +1,233 @@
+"""The training loop of both stages.
+
+The order of things in one turn, which resuming relies on:
+  1. a checkpoint, if one is due or a stop was asked for, before the next batch is drawn;
+  2. the preview, if one is due (step 0 included);
+  3. the batch of this step, a function of (seed, step);
+  4. the update, started and not waited for;
+  5. the metrics of the update before, fetched and written while this one runs.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ldm_jax.config import UserError, WorkDir
+from ldm_jax.data.pipeline import Batches
+from ldm_jax.sharding.mesh import batch_sharding, check_batch, replicated, to_global
+from ldm_jax.sharding.rules import shardings
+from ldm_jax.training.checkpoints import Checkpoints
+from ldm_jax.training.flops import count_flops
+from ldm_jax.training.metrics import MetricWriter, Throughput, peak_flops
+from ldm_jax.training.optimizer import schedule_from_config
+from ldm_jax.training.preview import save_grid
+from ldm_jax.training.signals import StopSignals
+from ldm_jax.training.state import Metrics, State
+
+logger = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """What the loop asks of a stage. `update` and `init` are pure and traced."""
+
+    name: str
+    config: ConfigDict
+    dtype: Any
+
+    def init(self, key: jax.Array) -> State: ...
+    def update(self, state: State, batch: Mapping[str, jax.Array], root: jax.Array, phase: bool) -> tuple[State, Metrics]: ...
+    def phase(self, step: int) -> bool:
+        """Which of the programs of `update` runs after `step` updates; static."""
+        ...
+
+    def batches(self, **kwargs: Any) -> Batches: ...
+    def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
+        """(images uint8 [N,H,W,3], columns of the grid, captions)."""
+        ...
+
+    def notes(self) -> Iterator[str]: ...
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has left a complete checkpoint; a front door exits with 75."""
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on (losses that are not finite); a front door exits with 1."""
+
+
+def abstract_state(stage: Stage, mesh: Mesh) -> State:
+    """Shapes, types and placement of a stage's state."""
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings(shapes, mesh))
+
+
+def make_step(stage: Stage, mesh: Mesh, state: State) -> Callable[..., tuple[State, Metrics]]:
+    """`step(state, batch, root, phase) -> (state, metrics)`: jitted, sharded over the mesh, its state donated."""
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        stage.update,
+        static_argnums=3,
+        in_shardings=(placement, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(placement, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def init_state(stage: Stage, mesh: Mesh) -> State:
+    """A fresh state, made where its parts belong."""
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, mesh))
+    return jax.jit(stage.init, out_shardings=placement)(jax.random.fold_in(jax.random.key(stage.config.seed), 0))
+
+
+def restore_or_init(stage: Stage, mesh: Mesh, checkpoints: Checkpoints) -> tuple[State, int]:
+    """The newest good checkpoint's state and step, or a fresh state and 0."""
+    if checkpoints.latest() is None:
+        return init_state(stage, mesh), 0
+    state = checkpoints.restore(abstract_state(stage, mesh))
+    return state, int(state.step)
+
+
+def train(stage: Stage, workdir: WorkDir, mesh: Mesh) -> State:
+    """Runs a stage to its last step, from the newest checkpoint if there is one, and returns the final state, saved.
+
+    Raises: Stopped after SIGTERM or SIGINT, TrainingFailed after `train.max_nan` skipped updates in a row, UserError for a batch that does not fit.
+    """
+    config = stage.config
+    check_batch(config.train.batch_size, mesh, config.train.accumulation)
+    with Checkpoints(workdir.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
+        state, start = restore_or_init(stage, mesh, checkpoints)
+        if start < config.train.steps:
+            with MetricWriter(workdir.path, start) as writer, StopSignals() as signals:
+                state = _Run(stage, workdir, mesh, checkpoints, writer, signals).steps(state, start)
+        checkpoints.save(config.train.steps, state, wait=True)
+    return state
+
+
+class _Run:
+    """One session of a run: what the turns of the loop share."""
+
+    def __init__(
+        self, stage: Stage, workdir: WorkDir, mesh: Mesh, checkpoints: Checkpoints, writer: MetricWriter, signals: StopSignals
+    ) -> None:
+        self.stage, self.config, self.workdir, self.mesh = stage, stage.config, workdir, mesh
+        self.checkpoints, self.writer, self.signals = checkpoints, writer, signals
+        self.root = jax.device_put(jax.random.key(self.config.seed), replicated(mesh))
+        self.batches = stage.batches(process_index=jax.process_index(), process_count=jax.process_count())
+        self.schedule = schedule_from_config(self.config.optimizer, self.config.train.steps)
+        self.meter: Throughput | None = None
+        self.metered: bool | None = None
+        self.pending: tuple[int, Metrics] | None = None
+
+    def steps(self, state: State, start: int) -> State:
+        """The turns of the loop, in the order that the module's docstring gives."""
+        total = self.config.train.steps
+        step_fn = make_step(self.stage, self.mesh, state)
+        for note in self.stage.notes() if start == 0 else ():
+            logger.warning(note)
+        data = self.batches.iterate(start)
+        with self._progress(start) as bar:
+            for step in range(start, total):
+                self._between(state, step)
+                self._meter_for(step, state)
+                assert self.meter is not None
+                with self.meter.waiting():
+                    batch = next(data)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, to_global(batch, self.mesh), self.root, self.stage.phase(step))
+                self.meter.step()
+                self._record(step + 1, metrics, bar)
+        data.close()
+        self._check_finite()
+        self._preview(state, total)
+        return state
+
+    def _between(self, state: State, step: int) -> None:
+        """Checkpoint and preview before the batch of `step` is drawn."""
+        stopping = self.signals.requested
+        if self.checkpoints.due(step) or stopping:
+            with self._pause():
+                self.checkpoints.save(step, state, wait=stopping)
+        if stopping:
+            raise Stopped(f"stopped at step {step} with a complete checkpoint; the same command goes on from there")
+        if step % self.config.sample.every == 0:
+            with self._pause():
+                self._preview(state, step)
+
+    def _pause(self) -> Any:
+        return self.meter.paused() if self.meter else _nothing()
+
+    def _preview(self, state: State, step: int) -> None:
+        path = self.workdir.samples / f"{step:08d}.png"
+        if path.exists():
+            return
+        images, columns, captions = self.stage.preview(state)
+        if jax.process_index() == 0:
+            save_grid(path, images, columns, captions)
+
+    def _meter_for(self, step: int, state: State) -> None:
+        """A fresh meter at the start and where the program changes: its operations are counted from its own trace."""
+        phase = self.stage.phase(step)
+        if self.meter is None or phase != self.metered:
+            flops = step_flops(self.stage, self.batches, state, phase)
+            peak = peak_flops(jax.devices()[0].device_kind, self.stage.dtype)
+            self.meter = Throughput(self.config.train.batch_size, flops, peak * self.mesh.size if peak else None)
+            self.metered = phase
+
+    def _record(self, step: int, metrics: Metrics, bar: Any) -> None:
+        self._check_finite()
+        self.pending = (step, metrics)
+        metrics["skipped_in_a_row"].copy_to_host_async()
+        bar.update()
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            assert self.meter is not None
+            speed = self.meter.report()
+            self.writer.write(step, {**metrics, **speed, "learning_rate": self.schedule(step - 1)})
+            bar.set_postfix_str(f"{speed['images_per_second']:.0f} images/s, data wait {100 * speed['data_wait']:.1f} %")
+
+    def _check_finite(self) -> None:
+        """Looks at the update before: the one at hand is still running."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        in_a_row = int(jax.device_get(metrics["skipped_in_a_row"]))
+        if in_a_row:
+            logger.warning("update %d skipped: its loss or a gradient is not finite", step)
+        if in_a_row >= self.config.train.max_nan:
+            indices = self.batches.indices(step - 1).tolist()
+            raise TrainingFailed(f"{in_a_row} updates in a row were not finite, up to step {step}; its batch held the examples {indices}")
+
+    def _progress(self, start: int) -> Any:
+        quiet = not sys.stderr.isatty()
+        return tqdm(
+            total=self.config.train.steps, initial=start, desc=self.stage.name, unit="step", mininterval=15 if quiet else 0.2, disable=jax.process_index() > 0
+        )
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def step_flops(stage: Stage, batches: Batches, state: State, phase: bool) -> int:
+    """Operations of one update on the global batch, counted from its trace."""
+    rows = stage.config.train.batch_size
+    example = batches.batch(0)
+    batch = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in example.items() if isinstance(v, np.ndarray)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    return count_flops(partial(_with_phase, stage.update, phase), abstract, batch, jax.random.key(0))
+
+
+def _with_phase(update: Any, phase: bool, state: State, batch: Any, root: jax.Array) -> Any:
+    return update(state, batch, root, phase)
+
+
+__all__ = ["Stage", "Stopped", "TrainingFailed", "UserError", "init_state", "make_step", "restore_or_init", "step_flops", "train"]

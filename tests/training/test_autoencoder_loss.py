@@ -1,0 +1,293 @@
+"""The first stage's gradients against a plain implementation: one loss function a player, full passes, `jax.grad`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.config import UserError
+from ldm_jax.nn.discriminator import PatchDiscriminator
+from ldm_jax.nn.lpips import lpips, random_params
+from ldm_jax.training.autoencoder_loss import (
+    AutoencoderLoss,
+    AutoencoderParams,
+    Networks,
+    adaptive_weight,
+    combine,
+    gan_gradients,
+    load_lpips,
+    reconstruction_gradients,
+    split_gan_gradients,
+)
+
+Tree = Any
+
+
+class _Body(nn.Module):
+    """A tiny KL autoencoder up to the input of its last convolution."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, logvar = jnp.split(nn.Conv(4, (4, 4), (2, 2), dtype=images.dtype)(images), 2, axis=-1)
+        kl = 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - 1 - logvar, axis=(1, 2, 3))
+        latents = mean + jnp.exp(0.5 * logvar) * noise
+        return jnp.tanh(nn.ConvTranspose(6, (4, 4), (2, 2), dtype=images.dtype)(latents)), kl
+
+
+def _last(params: Tree, h: jax.Array) -> jax.Array:
+    return nn.Conv(3, (3, 3), dtype=h.dtype).apply({"params": params}, h)
+
+
+def _networks(dtype: Any, norm: Any = "batch") -> Networks:
+    discriminator = PatchDiscriminator(features=4, num_layers=1, norm=norm, dtype=dtype)
+
+    def forward(body: Tree, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        # Noise comes with the image, so that cutting a batch does not change it.
+        noise = jnp.sin(100 * images[:, ::2, ::2, :2])
+        h, kl = _Body().apply({"params": body}, images, noise)
+        return h, kl, jax.random.key_data(key)
+
+    return Networks(forward, _last, lambda params, x: discriminator.apply({"params": params}, x))
+
+
+def _setup(dtype: Any, norm: Any = "batch", batch: int = 4) -> tuple[Networks, AutoencoderParams, Tree, jax.Array]:
+    networks = _networks(dtype, norm)
+    images = jax.random.uniform(jax.random.key(0), (batch, 16, 16, 3), jnp.float32, -1, 1).astype(dtype)
+    body = jax.jit(_Body().init)(jax.random.key(1), images, images[:, ::2, ::2, :2])["params"]
+    last = nn.Conv(3, (3, 3)).init(jax.random.key(2), jnp.zeros((1, 8, 8, 6)))["params"]
+    discriminator = PatchDiscriminator(features=4, num_layers=1, norm=norm)
+    disc = jax.jit(discriminator.init)(jax.random.key(3), images)["params"]
+    # Larger weights than at the start make both players' gradients matter.
+    disc = jax.tree.map(lambda w: 5 * w, disc)
+    cast = lambda tree: jax.tree.map(lambda w: w.astype(dtype), tree)  # noqa: E731
+    return networks, AutoencoderParams(cast(body), cast(last)), cast(disc), images
+
+
+def _small_lpips(params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A stand-in for LPIPS, which takes long to compile: a distance per image of one layer of features."""
+    features = lambda image: jax.nn.relu(jnp.einsum("bhwc,cd->bhwd", image, params))  # noqa: E731
+    return jnp.mean(jnp.square(features(x) - features(y)), axis=(1, 2, 3))
+
+
+def _plain(
+    loss: AutoencoderLoss, networks: Networks, distance: Callable[..., jax.Array], perceptual: Tree | None
+) -> Callable[..., tuple]:
+    """The textbook: separate losses with their own forward passes; lambda from gradients over full passes."""
+
+    def nll(params: AutoencoderParams, images: jax.Array, key: jax.Array) -> jax.Array:
+        recon = networks.last(params.last, networks.forward(params.body, images, key)[0])
+        difference = jnp.abs(images - recon) if loss.pixel == "l1" else (images - recon) ** 2
+        per_pixel = difference
+        if perceptual is not None:
+            per_pixel = per_pixel + loss.perceptual_weight * distance(perceptual, images, recon)[:, None, None, None]
+        return jnp.sum(per_pixel) / images.shape[0]
+
+    def generator(params: AutoencoderParams, disc: Tree, images: jax.Array, key: jax.Array) -> jax.Array:
+        recon = networks.last(params.last, networks.forward(params.body, images, key)[0])
+        return -jnp.mean(networks.discriminate(disc, recon))
+
+    def autoencoder(params: AutoencoderParams, disc: Tree, images: jax.Array, key: jax.Array) -> tuple:
+        rec = jax.grad(nll)(params, images, key).last["kernel"]
+        gan = jax.grad(generator)(params, disc, images, key).last["kernel"]
+        weight = jnp.sqrt(jnp.sum(rec**2)) / (jnp.sqrt(jnp.sum(gan**2)) + 1e-4)
+        weight = jax.lax.stop_gradient(jnp.clip(weight, 0, loss.adaptive_max) * loss.disc_weight)
+        kl = jnp.sum(networks.forward(params.body, images, key)[1]) / images.shape[0]
+        total = nll(params, images, key) + weight * generator(params, disc, images, key) + loss.kl_weight * kl
+        return total, weight
+
+    def discriminator(disc: Tree, params: AutoencoderParams, images: jax.Array, key: jax.Array) -> jax.Array:
+        recon = networks.last(params.last, networks.forward(params.body, images, key)[0])
+        real, fake = networks.discriminate(disc, images), networks.discriminate(disc, jax.lax.stop_gradient(recon))
+        if loss.disc_loss == "hinge":
+            return 0.5 * (jnp.mean(jnp.maximum(1 - real, 0)) + jnp.mean(jnp.maximum(1 + fake, 0)))
+        return 0.5 * (jnp.mean(jnp.log1p(jnp.exp(-real))) + jnp.mean(jnp.log1p(jnp.exp(fake))))
+
+    def run(params: AutoencoderParams, disc: Tree, images: jax.Array, key: jax.Array) -> tuple:
+        grads, weight = jax.grad(autoencoder, has_aux=True)(params, disc, images, key)
+        return grads, jax.grad(discriminator)(disc, params, images, key), weight
+
+    return run
+
+
+def _assert_close(actual: Tree, expected: Tree, rtol: float) -> None:
+    """Every leaf, relative to the largest entry of it."""
+
+    def check(a: jax.Array, b: jax.Array) -> None:
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * float(jnp.max(jnp.abs(b))) + 1e-30)
+
+    jax.tree.map(check, actual, expected)
+
+
+@pytest.fixture
+def small_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_jax.training.autoencoder_loss.lpips", _small_lpips)
+
+
+@pytest.mark.usefixtures("small_lpips")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        AutoencoderLoss(kl_weight=0.1),
+        AutoencoderLoss(pixel="l2", disc_loss="vanilla", perceptual_weight=0.3, disc_weight=0.8),
+        AutoencoderLoss(adaptive_max=1e-3),
+    ],
+    ids=["paper", "l2 and vanilla", "clamped"],
+)
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("float64", 1e-11)])
+def test_gradients_equal_a_plain_two_pass_implementation(loss: AutoencoderLoss, dtype: str, rtol: float) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        networks, params, disc, images = _setup(jnp.dtype(dtype))
+        perceptual = jnp.linspace(-1, 1, 24, dtype=dtype).reshape(3, 8)
+        key = jax.random.key(4)
+        run = jax.jit(lambda *args: gan_gradients(loss, networks, *args))
+        grads, disc_grads, metrics, _ = run(params, disc, perceptual, images, key)
+        expected, expected_disc, weight = jax.jit(_plain(loss, networks, _small_lpips, perceptual))(
+            params, disc, images, key
+        )
+        _assert_close(grads, expected, rtol)
+        _assert_close(disc_grads, expected_disc, rtol)
+        np.testing.assert_allclose(metrics["adaptive_weight"], weight, rtol=rtol)
+        assert metrics["loss/nll"].dtype == dtype
+        if loss.adaptive_max == 1e-3:
+            np.testing.assert_allclose(weight, 1e-3 * loss.disc_weight, rtol=1e-6)
+
+
+def test_gradients_with_lpips_itself_equal_the_plain_ones() -> None:
+    loss = AutoencoderLoss()
+    networks, params, disc, images = _setup(jnp.float32, batch=2)
+    perceptual = jax.jit(random_params)(jax.random.key(5))
+    args = (images, jax.random.key(4))
+    grads, _, metrics, _ = jax.jit(lambda p, w: gan_gradients(loss, networks, p, disc, w, *args))(params, perceptual)
+
+    def nll(params: AutoencoderParams) -> tuple[jax.Array, jax.Array]:
+        h, kl, _ = networks.forward(params.body, *args)
+        recon = networks.last(params.last, h)
+        distance = lpips(perceptual, recon, images).mean()
+        gan = -jnp.mean(networks.discriminate(disc, recon))
+        pixels = jnp.abs(images - recon).sum() / 2
+        return pixels + 768 * distance + loss.kl_weight * kl.mean() + metrics["adaptive_weight"] * gan, distance
+
+    expected, distance = jax.jit(jax.grad(nll, has_aux=True))(params)
+    _assert_close(grads, expected, 1e-5)
+    np.testing.assert_allclose(metrics["loss/lpips"], distance, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("float64", 1e-11)])
+def test_four_micro_batches_equal_the_whole_batch(dtype: str, rtol: float) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        loss = AutoencoderLoss(kl_weight=0.1)
+        networks, params, disc, images = _setup(jnp.dtype(dtype), norm="group", batch=8)
+        key = jax.random.key(4)
+        whole = jax.jit(lambda x: gan_gradients(loss, networks, params, disc, None, x, key))(images)
+        part = jax.jit(lambda x: split_gan_gradients(loss, networks, params, disc, None, x, key)[:4])
+        parts = [part(micro) for micro in images.reshape(4, 2, 16, 16, 3)]
+        rec, gan, disc_grads, metrics = jax.tree.map(lambda *leaves: sum(leaves) / 4, *parts)
+        grads, weight = combine(loss, rec, gan)
+        _assert_close(grads, whole[0], rtol)
+        _assert_close(disc_grads, whole[1], rtol)
+        _assert_close(metrics | {"adaptive_weight": weight}, whole[2], rtol)
+
+
+def test_reconstruction_phase_is_the_gan_phase_without_its_terms() -> None:
+    loss = AutoencoderLoss(kl_weight=0.1, disc_weight=0.0)
+    networks, params, disc, images = _setup(jnp.float32)
+    key = jax.random.key(4)
+    with_gan, _, gan_metrics, _ = jax.jit(lambda p: gan_gradients(loss, networks, p, disc, None, images, key))(params)
+
+    def refuse(params: Tree, images: jax.Array) -> jax.Array:
+        raise AssertionError("the discriminator has not started")
+
+    alone = jax.jit(
+        lambda p: reconstruction_gradients(loss, networks._replace(discriminate=refuse), p, None, images, key)
+    )
+    grads, metrics, aux = alone(params)
+    _assert_close(grads, with_gan, 1e-6)
+    assert set(metrics) == {"loss/nll", "loss/pixel", "loss/kl"} < set(gan_metrics)
+    np.testing.assert_array_equal(aux, jax.random.key_data(key))
+
+
+def test_metrics_are_what_their_names_say() -> None:
+    networks, params, disc, images = _setup(jnp.float32)
+    metrics = gan_gradients(AutoencoderLoss(), networks, params, disc, None, images, jax.random.key(4))[2]
+    h, kl, _ = networks.forward(params.body, images, jax.random.key(4))
+    recon = networks.last(params.last, h)
+    real, fake = networks.discriminate(disc, images), networks.discriminate(disc, recon)
+    expected = {
+        "loss/pixel": np.abs(images - recon).mean(),
+        "loss/nll": np.abs(images - recon).sum() / 4,
+        "loss/kl": kl.mean(),
+        "loss/generator": -fake.mean(),
+        "loss/discriminator": (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()) / 2,
+        "logits/real": real.mean(),
+        "logits/fake": fake.mean(),
+    }
+    assert metrics.keys() == expected.keys() | {"adaptive_weight"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
+
+
+def test_one_forward_pass_of_the_autoencoder_and_two_of_the_discriminator() -> None:
+    networks, params, disc, images = _setup(jnp.float32)
+    calls = {"forward": 0, "last": 0, "discriminate": 0}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return getattr(networks, name)(*args)
+
+        return call
+
+    counting = Networks(*(counted(name) for name in Networks._fields))
+    jax.eval_shape(
+        lambda p: gan_gradients(AutoencoderLoss(), counting, p, disc, None, images, jax.random.key(4))[:3], params
+    )
+    assert calls == {"forward": 1, "last": 1, "discriminate": 2}
+
+
+def test_losses_are_float32_and_gradients_keep_the_parameters_dtype_in_bfloat16() -> None:
+    networks, params, disc, images = _setup(jnp.bfloat16)
+    grads, disc_grads, metrics, _ = jax.jit(
+        lambda p: gan_gradients(AutoencoderLoss(), networks, p, disc, None, images, jax.random.key(4))
+    )(params)
+    assert {leaf.dtype for leaf in metrics.values()} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((grads, disc_grads))} == {jnp.dtype(jnp.bfloat16)}
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((grads, disc_grads)))
+
+
+def test_adaptive_weight_at_its_limits() -> None:
+    loss = AutoencoderLoss(disc_weight=0.5)
+    kernel = lambda value: {"kernel": jnp.full((2, 2), value), "bias": jnp.full(3, 1e9)}  # noqa: E731
+    np.testing.assert_allclose(adaptive_weight(loss, kernel(3.0), kernel(2.0)), 0.5 * 6 / (4 + 1e-4), rtol=1e-6)
+    np.testing.assert_allclose(adaptive_weight(loss, kernel(3.0), kernel(0.0)), 0.5 * 1e4)
+    assert adaptive_weight(loss, kernel(0.0), kernel(0.0)) == 0
+
+
+def test_unknown_kinds_and_bad_weight_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'l3' is neither"):
+        AutoencoderLoss(pixel="l3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'wgan' is neither"):
+        AutoencoderLoss(disc_loss="wgan")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="LPIPS weights: no weight file"):
+        load_lpips(str(tmp_path / "vgg.pth"))
+    np.savez(tmp_path / "heads.npz", **{"lin0.model.1.weight": np.zeros((1, 64, 1, 1))})
+    with pytest.raises(UserError, match=r"features\.0\.weight is missing"):
+        load_lpips(str(tmp_path / "heads.npz"))
+
+
+def test_lpips_weights_are_read_from_two_files(tmp_path: Path) -> None:
+    params = jax.jit(random_params)(jax.random.key(0))
+    index = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    vgg = {}
+    for n, layer in zip(index, params["convolutions"], strict=True):
+        vgg |= {f"features.{n}.weight": layer["kernel"].transpose(3, 2, 0, 1), f"features.{n}.bias": layer["bias"]}
+    np.savez(tmp_path / "vgg.npz", **vgg)
+    heads = {f"lin{k}.model.1.weight": head[None, :, None, None] for k, head in enumerate(params["heads"])}
+    np.savez(tmp_path / "heads.npz", **heads)
+    loaded = load_lpips(str(tmp_path / "vgg.npz"), str(tmp_path / "heads.npz"))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
