@@ -71,6 +71,7 @@ def first_stage() -> ConfigDict:
             "patch_size": 1,
             "dropout": 0.0,
             "latent_scale": "std",  # std (one number) | channel (mean and std of each) | a number such as 0.18215
+            "statistics_examples": 10_000,  # of the training set, that the latent statistics are measured on; 0: all
             "loss": {
                 "pixel": "l1",  # l1 | l2
                 "perceptual_weight": 1.0,
@@ -253,6 +254,18 @@ def flat(config: ConfigDict) -> dict[str, Any]:
             value = value[part]
         values[path] = list(value) if isinstance(value, tuple) else value
     return values
+
+
+def from_flat(values: dict[str, Any]) -> ConfigDict:
+    """The inverse of `flat`, for a configuration of this version's fields."""
+    config = base()
+    for path, value in values.items():
+        *groups, name = path.split(".")
+        group = config
+        for part in groups:
+            group = group[part]
+        group[name] = tuple(value) if isinstance(value, list) else value
+    return config
 
 
 def from_command(spec: str, overrides: list[str]) -> ConfigDict:

@@ -207,6 +207,7 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
 
 _ALLOWED: dict[tuple[str, str], _Function] = {
     ("collections", "OrderedDict"): _Function(lambda *items: _Dict(*items)),
+    ("__builtin__", "set"): _Function(lambda *items: set(*items)),  # the name in torch's pickle protocol, 2
     ("torch", "Size"): _Function(lambda *size: tuple(*size)),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *_: data),

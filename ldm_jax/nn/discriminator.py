@@ -58,8 +58,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class _Norm(nn.Module):
-    """Batch or group normalisation (32 groups where they divide) by the statistics of the input at hand, then scale and
-    bias.
+    """Batch or group normalisation by the statistics of the input at hand, then scale and bias.
 
     Batch norm keeps no running statistics: a discriminator only ever acts on training batches, so nothing would read
     them. On a mesh the mean over the batch axis is over the global batch.
@@ -72,10 +71,15 @@ class _Norm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", lambda key: 1 + 0.02 * jax.random.normal(key, (channels,)))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        groups, axes = (channels, (0, 1, 2, 4)) if self.kind == "batch" else (math.gcd(32, channels), (1, 2, 4))
+        groups, axes = (channels, (0, 1, 2, 4)) if self.kind == "batch" else (_groups(channels), (1, 2, 4))
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         grouped = wide.reshape(*x.shape[:-1], groups, channels // groups)
         centred = grouped - grouped.mean(axes, keepdims=True)
         variance = jnp.square(centred).mean(axes, keepdims=True)
         normal = (centred * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape)
         return (normal * scale + bias).astype(x.dtype)
+
+
+def _groups(channels: int) -> int:
+    """Up to 32, and of 4 channels or more: a group of one channel would take the bias before it away."""
+    return max(1, math.gcd(128, channels) // 4)

@@ -66,7 +66,7 @@ def test_group_norm_equals_flax() -> None:
 
     from ldm_jax.nn.discriminator import _Norm
 
-    x = 3 + jax.random.normal(jax.random.key(0), (2, 5, 5, 64))
+    x = 3 + jax.random.normal(jax.random.key(0), (2, 5, 5, 128))
     params = _Norm("group").init(jax.random.key(1), x)
     expected = nn.GroupNorm(num_groups=32, epsilon=1e-5).apply(params, x)
     np.testing.assert_allclose(_Norm("group").apply(params, x), expected, atol=2e-5)

@@ -55,17 +55,20 @@ def _networks(dtype: Any, norm: Any = "batch") -> Networks:
     return Networks(forward, _last, lambda params, x: discriminator.apply({"params": params}, x))
 
 
+def _weights(module: nn.Module, seed: int, dtype: Any, *inputs: jax.Array) -> Tree:
+    """Weights drawn by numpy, which compiles nothing."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), dtype), shapes)
+
+
 def _setup(dtype: Any, norm: Any = "batch", batch: int = 4) -> tuple[Networks, AutoencoderParams, Tree, jax.Array]:
     networks = _networks(dtype, norm)
-    images = jax.random.uniform(jax.random.key(0), (batch, 16, 16, 3), jnp.float32, -1, 1).astype(dtype)
-    body = jax.jit(_Body().init)(jax.random.key(1), images, images[:, ::2, ::2, :2])["params"]
-    last = nn.Conv(3, (3, 3)).init(jax.random.key(2), jnp.zeros((1, 8, 8, 6)))["params"]
-    discriminator = PatchDiscriminator(features=4, num_layers=1, norm=norm)
-    disc = jax.jit(discriminator.init)(jax.random.key(3), images)["params"]
-    # Larger weights than at the start make both players' gradients matter.
-    disc = jax.tree.map(lambda w: 5 * w, disc)
-    cast = lambda tree: jax.tree.map(lambda w: w.astype(dtype), tree)  # noqa: E731
-    return networks, AutoencoderParams(cast(body), cast(last)), cast(disc), images
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (batch, 16, 16, 3)), dtype)
+    body = _weights(_Body(), 1, dtype, images, images[:, ::2, ::2, :2])
+    last = _weights(nn.Conv(3, (3, 3)), 2, dtype, jnp.zeros((1, 8, 8, 6)))
+    disc = _weights(PatchDiscriminator(features=4, num_layers=1, norm=norm), 3, dtype, images)
+    return networks, AutoencoderParams(body, last), disc, images
 
 
 def _small_lpips(params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:

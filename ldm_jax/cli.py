@@ -1,0 +1,54 @@
+"""What the front doors share: flags, set-up of the process, errors to exit codes. Imports nothing slow."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from ldm_jax.config import UserError
+
+OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit code 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        sys.stderr.write(f"error: {message}; see --help\n")
+        sys.exit(BAD_INPUT)
+
+
+def config_parser(description: str) -> Parser:
+    """The flags of a command that takes a configuration."""
+    parser = Parser(description=description, epilog="Any field of the configuration is set by --config.group.field=value.")
+    parser.add_argument("--config", required=True, metavar="FILE[:PRESET]", help="a file under configs/, with a preset of it")
+    parser.add_argument("--workdir", required=True, help="where the run keeps everything; the same command goes on where it stopped")
+    parser.add_argument("--coordinator", help="address of process 0 for a multi-process run that no cluster environment describes")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    return parser
+
+
+def start(workdir: str | None = None, dtype: str = "auto", coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Sets the process up before anything touches a device: logging, cluster, compilation cache, float64 where asked for."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    import jax
+
+    from ldm_jax.sharding.distributed import initialize
+
+    initialize(coordinator, num_processes, process_id)
+    if dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if workdir is not None and "://" not in workdir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "compilation_cache"))
+
+
+def guarded(main: Callable[[], int]) -> None:
+    """Runs a front door: bad input is one line and exit code 2, a stop with a complete checkpoint 75."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(BAD_INPUT)

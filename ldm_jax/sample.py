@@ -1,0 +1,71 @@
+"""`python -m ldm_jax.sample --model DIR --prompt TEXT --output DIR`: images from a trained model, as PNG files and one grid."""
+
+from ldm_jax import cli
+from ldm_jax.config import UserError
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(description="Draws images from a trained model. What is not given is the model's own default.")
+    p.add_argument("--model", required=True, help="a work directory or a model directory")
+    p.add_argument("--output", required=True, help="directory for the images")
+    p.add_argument("--prompt", help="a text, for every image")
+    p.add_argument("--prompts-file", help="a text file with a prompt a line, one image each")
+    p.add_argument("--negative", help="a text to move away from")
+    p.add_argument("--num", type=int, help="images (default: one for each prompt)")
+    p.add_argument("--steps", type=int)
+    p.add_argument("--guidance", type=float)
+    p.add_argument("--sampler")
+    p.add_argument("--spacing")
+    p.add_argument("--eta", type=float)
+    p.add_argument("--seed", type=int)
+    p.add_argument("--batch-size", type=int)
+    p.add_argument("--step", type=int, help="of a work directory: the checkpoint to use in place of the finished model")
+    p.add_argument("--ema", help="of a work directory: the decay of the average to use")
+    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
+    return p
+
+
+def read_prompts(prompt: str | None, file: str | None) -> list[str] | None:
+    """The prompts of the flags. Raises UserError."""
+    if file is None:
+        return None if prompt is None else [prompt]
+    if prompt is not None:
+        raise UserError("give --prompt or --prompts-file, not both")
+    try:
+        with open(file, encoding="utf-8") as lines:
+            prompts = [line.strip() for line in lines if line.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    if not prompts:
+        raise UserError(f"{file} holds no prompt")
+    return prompts
+
+
+def main() -> int:
+    args = parser().parse_args()
+    prompts = read_prompts(args.prompt, args.prompts_file)
+    if args.num is not None and args.num < 1:
+        raise UserError(f"--num must be at least 1, not {args.num}")
+    cli.start()
+    from etils import epath
+    from PIL import Image
+
+    import ldm_jax
+    from ldm_jax.training.preview import save_grid
+
+    model = ldm_jax.load(args.model, args.step, args.ema, args.dtype)
+    names = ("num", "steps", "guidance", "sampler", "seed", "negative", "eta", "spacing", "batch_size")
+    images = model.sample(prompts=prompts, **{name: getattr(args, name) for name in names})
+    output = epath.Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        with (output / f"{i:05d}.png").open("wb") as file:
+            Image.fromarray(image).save(file, "PNG")
+    captions = None if prompts is None else prompts * len(images) if len(prompts) == 1 else prompts
+    save_grid(output / "grid.png", images, min(8, len(images)), captions)
+    print(f"{len(images)} images: {output}")
+    return cli.OK
+
+
+if __name__ == "__main__":
+    cli.guarded(main)

@@ -1,0 +1,31 @@
+"""`python -m ldm_jax.train --config configs/txt2img.py[:preset] --workdir DIR [--config.group.field=value ...]`: a whole run, resumed where it stopped."""
+
+import sys
+
+from ldm_jax import cli
+
+
+def main() -> int:
+    args, overrides = cli.config_parser("Trains a first stage and a denoiser, whatever of them is not complete yet.").parse_known_args()
+    from ldm_jax import config as configs
+
+    config = configs.from_command(args.config, overrides)
+    cli.start(args.workdir, config.train.dtype, args.coordinator, args.num_processes, args.process_id)
+    from ldm_jax.training.loop import Stopped, TrainingFailed
+    from ldm_jax.training.run import run
+
+    try:
+        workdir = run(config, configs.WorkDir(args.workdir), sys.argv)
+    except Stopped as stop:
+        sys.stderr.write(f"{stop}\n")
+        return cli.STOPPED
+    except TrainingFailed as failure:
+        sys.stderr.write(f"error: {failure}\n")
+        return cli.FAILED
+    grids = sorted(workdir.samples.glob("*.png"))
+    print(f"model: {workdir.model}\nsamples: {grids[-1] if grids else 'none'}")
+    return cli.OK
+
+
+if __name__ == "__main__":
+    cli.guarded(main)

@@ -1,0 +1,224 @@
+"""A whole run: first stage, latents, denoiser, table and model, each skipped where it is already complete."""
+
+import json
+import logging
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ldm_jax import config as configs
+from ldm_jax.conditioning.tokenizer import Tokenizer
+from ldm_jax.config import UserError, WorkDir
+from ldm_jax.data.latents import LatentCache
+from ldm_jax.data.pipeline import stack
+from ldm_jax.data.sources import Source, make_source
+from ldm_jax.evaluation.oracle import format_table, score_table
+from ldm_jax.evaluation.prompt_accuracy import choose_guidance, prompt_accuracy
+from ldm_jax.latent_diffusion import FirstStage, LatentDiffusion, Params, compute_dtype, load_first_stage
+from ldm_jax.sharding.mesh import check_batch, make_mesh
+from ldm_jax.training import loop
+from ldm_jax.training.autoencoder import AutoencoderStage, reconstructions
+from ldm_jax.training.checkpoints import Checkpoints
+from ldm_jax.training.diffusion import DiffusionStage, build_loss, caption
+from ldm_jax.training.encode import Encoder, ensure_cache, latent_scale, latent_statistics
+
+logger = logging.getLogger(__name__)
+_TOKENIZER_CAPTIONS = 50_000
+_ENCODE_BATCH = 128
+
+
+def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
+    """Trains what `config.task` says in `workdir`, from wherever it stopped, and leaves `model/`. Raises as `loop.train`."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_batches(config, mesh)
+    source = open_source(config, workdir)
+    first = first_stage_workdir(config, workdir)
+    if first is not None and not first.complete():  # a first stage that cannot be built is found before anything is written
+        AutoencoderStage(configs.first_stage_run(config) if config.task == "diffusion" else config, source)
+    workdir.claim(config, command, versions())
+    if config.task == "autoencoder":
+        train_first_stage(config, workdir, source, mesh)
+        return workdir
+    stage, params = ensure_first_stage(config, workdir, source, mesh, command)
+    train_denoiser(config, workdir, source, stage, params, mesh)
+    return workdir
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
+
+
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError where a batch of one of the stages does not split over the mesh."""
+    check_batch(config.train.batch_size, mesh, config.train.accumulation)
+    if config.task == "diffusion" and not config.first_stage.path:
+        check_batch(config.first_stage.train.batch_size, mesh, config.first_stage.train.accumulation)
+
+
+def open_source(config: ConfigDict, workdir: WorkDir) -> Source:
+    """The images of a run. Raises UserError."""
+    needs_text = config.task == "diffusion" and config.conditioning.text.enabled
+    log = workdir.path / "broken_images.txt"
+    return make_source(config.data, needs_text=needs_text, log_path=log)
+
+
+def first_stage_workdir(config: ConfigDict, workdir: WorkDir) -> WorkDir | None:
+    """Where this run trains its first stage; None where it takes another's."""
+    if config.task == "autoencoder":
+        return workdir
+    return None if config.first_stage.path else workdir.first_stage
+
+
+def ensure_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh: Mesh, command: list[str]) -> tuple[FirstStage, Params]:
+    """The first stage of a diffusion run: another's (`first_stage.path`), or its own, trained now if need be."""
+    own = first_stage_workdir(config, workdir)
+    if own is None:
+        model = find_model(config.first_stage.path)
+    else:
+        if not own.complete():
+            inner = configs.first_stage_run(config)
+            own.claim(inner, command, versions())
+            train_first_stage(inner, own, source, mesh)
+        model = own.model
+    stage, params = load_first_stage(model, compute_dtype(config.train.dtype))
+    factor = stage.network.factor
+    if config.data.resolution % factor:
+        raise UserError(f"data.resolution {config.data.resolution} is not divisible by the factor {factor} of the autoencoder in {model}")
+    return stage, params
+
+
+def encode(config: ConfigDict, workdir: WorkDir) -> LatentCache:
+    """The latent cache of a run whose first stage is complete. Raises UserError."""
+    if config.task != "diffusion":
+        raise UserError("a latent cache belongs to a diffusion run (task=diffusion)")
+    first_stage, params = load_first_stage(
+        find_model(config.first_stage.path or str(workdir.first_stage.path)), compute_dtype(config.train.dtype)
+    )
+    source = open_source(config, workdir)
+    return ensure_cache(config, workdir, Encoder(first_stage, params, _ENCODE_BATCH), source)
+
+
+def find_model(path: str) -> Any:
+    """The model directory that a path means: itself, or that of a work directory. Raises UserError."""
+    root = epath.Path(path)
+    for place in (root, root / "model", root / "first_stage" / "model"):
+        if (place / "model.json").exists():
+            return place
+    raise UserError(f"no model at {path}: it is neither a complete model directory nor a work directory that has one")
+
+
+def train_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh: Mesh) -> None:
+    """Stage 1 to its end: weights, latent statistics, model."""
+    stage = AutoencoderStage(config, source)
+    state = loop.train(stage, workdir, mesh)
+    params = jax.device_get(state.ema[str(config.ema.decays[0])]["autoencoder"])
+    raw = FirstStage(stage.network)
+    encoder = Encoder(raw, params, _ENCODE_BATCH)
+    mean, std = latent_statistics(encoder, source, config.first_stage.statistics_examples, config.data.workers)
+    shift, scale = latent_scale(config.first_stage.latent_scale, mean, std)
+    info = {
+        "task": "autoencoder",
+        "resolution": config.data.resolution,
+        "latent_mean": mean.tolist(),
+        "latent_std": std.tolist(),
+    }
+    if config.data.source == "shapes":
+        info["reconstruction_oracle"] = reconstruction_table(config, raw, params)
+        print("oracle on reconstructions of fresh scenes\n" + format_table(info["reconstruction_oracle"]), flush=True)
+    LatentDiffusion(FirstStage(stage.network, shift, scale), None, {"first_stage": params}, info).save(workdir.model)
+
+
+def reconstruction_table(config: ConfigDict, stage: FirstStage, params: Params) -> dict[str, Any]:
+    """The oracle's table on reconstructions of scenes that were not trained on."""
+    fresh = ConfigDict({**config.data.to_dict(), "seed": config.data.seed + 1_000_000, "size": config.evaluate.prompts})
+    source = make_source(fresh, pairs="all")
+    examples = [source[i] for i in range(len(source))]
+    images = stack([{"image": e["image"]} for e in examples])["image"]
+    return score_table(reconstructions(stage, params, images), [e["text"] for e in examples])
+
+
+def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | LatentCache) -> Tokenizer | None:
+    """The run's tokenizer: stored in the work directory, so that a resumed run has the same."""
+    text = config.conditioning.text
+    if not text.enabled:
+        return None
+    path = workdir.path / "tokenizer.json"
+    if not path.exists():
+        if text.tokenizer == "train":
+            captions = (caption(source, i) for i in range(min(len(source), _TOKENIZER_CAPTIONS)))
+            tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length)
+        else:
+            tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
+        configs.write_bytes(path, tokenizer.to_json().encode())
+    return Tokenizer.from_json(path.read_text(), text.max_length)
+
+
+def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, first_stage: FirstStage, params: Params, mesh: Mesh) -> None:
+    """Latents, stage 2, the oracle's table, the model."""
+    build_loss(config.diffusion)
+    tokenizer = ensure_tokenizer(config, workdir, source)
+    data: Source | LatentCache = source
+    if config.data.cache:
+        data = ensure_cache(config, workdir, Encoder(first_stage, params, _ENCODE_BATCH), source)
+    stage = DiffusionStage(config, first_stage, params, data, tokenizer)
+    if workdir.complete():
+        return
+    state = loop.train(stage, workdir, mesh)
+    model = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config))
+    if config.data.source == "shapes" and config.conditioning.text.enabled:
+        report(config, workdir, model)
+    model.save(workdir.model)
+
+
+def model_info(config: ConfigDict) -> dict[str, Any]:
+    """What `model.json` says beside the latent statistics."""
+    groups = {name: config[name].to_dict() for name in ("diffusion", "sample", "conditioning")}
+    return {"task": "diffusion", "resolution": config.data.resolution, **groups}
+
+
+def report(config: ConfigDict, workdir: WorkDir, model: LatentDiffusion) -> None:
+    """Chooses the guidance scale, makes it the model's default, and leaves the oracle's table as `oracle.json` and on the screen."""
+    group, counts, resolution = config.evaluate, config.data.counts, config.data.resolution
+    draw: Any = partial(_draw, model)
+    best, means = choose_guidance(draw, group.guidance, group.guidance_prompts, counts, resolution)
+    table = prompt_accuracy(draw, best, group.prompts, group.held_out, counts, resolution)
+    model.info["sample"]["guidance"] = best
+    configs.write_json(workdir.path / "oracle.json", {"guidance": best, "all_by_guidance": means, "table": table})
+    print(f"guidance {best:g}, chosen on other prompts (share all correct by scale: { {k: round(v, 3) for k, v in means.items()} })")
+    print(format_table(table), flush=True)
+
+
+def _draw(model: LatentDiffusion, *, prompts: list[str], guidance: float, seed: int) -> np.ndarray:
+    return model.sample(prompts=prompts, guidance=guidance, seed=seed)
+
+
+def restore_model(path: str, step: int | None = None, ema: str | None = None, dtype: str = "auto") -> LatentDiffusion:
+    """A diffusion work directory's model at a checkpoint, by the EMA of a given decay (default: the first). Raises UserError."""
+    workdir = WorkDir(path)
+    if not workdir.config.exists():
+        raise UserError(f"{path} is neither a model directory nor a work directory: it has no model.json and no config.json")
+    config = configs.from_flat(json.loads(workdir.config.read_text())["config"])
+    if config.task != "diffusion":
+        raise UserError(f"{path} is the work directory of an autoencoder; its model is loaded without a step, once it is complete")
+    config.train.dtype = dtype
+    first = find_model(config.first_stage.path or str(workdir.first_stage.path))
+    first_stage, params = load_first_stage(first, compute_dtype(dtype))
+    text = config.conditioning.text
+    tokenizer = Tokenizer.from_json((workdir.path / "tokenizer.json").read_text(), text.max_length) if text.enabled else None
+    stage = DiffusionStage(config, first_stage, params, [], tokenizer)  # type: ignore[arg-type]
+    with Checkpoints(workdir.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
+        if checkpoints.latest() is None:
+            raise UserError(f"{path} has no checkpoint yet")
+        state = checkpoints.restore(loop.abstract_state(stage, make_mesh()), step)
+    decay = ema or str(config.ema.decays[0])
+    if decay not in state.ema:
+        raise UserError(f"{path} has no EMA of decay {decay}; it has {', '.join(state.ema)}")
+    return stage.model(jax.device_get(state.ema[decay]), model_info(config))
