@@ -30,7 +30,7 @@ HEADER = "cache.json"
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access: no reading ahead
-_READER_BUFFER = 1 << 16  # bytes a reader holds; there is one reader a shard
+_READER_BUFFER = 1 << 12  # bytes; less than a record, so that a random read fetches its record alone
 
 
 def cache_fingerprint(**parts: Any) -> str:
@@ -247,10 +247,10 @@ def _count_records(path: Path) -> int:
         return -1
     try:
         reader = _open(path)
+        count = reader.num_records()
+        reader.close()  # raises where opening found the file damaged
     except RuntimeError:
         return -1
-    count = reader.num_records() if reader.ok() else -1
-    reader.close()
     return count
 
 

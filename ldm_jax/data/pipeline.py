@@ -116,8 +116,7 @@ def permuted(offsets: np.ndarray, epochs: np.ndarray, size: int, seed: int) -> n
     # The hash keeps epoch 1 of seed 0 apart from epoch 0 of seed 1.
     seeds = {epoch: int(np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]) for epoch in np.unique(epochs)}
     shuffled = [
-        index_shuffle(int(offset), max_index=size - 1, seed=seeds[epoch], rounds=4)
-        for offset, epoch in zip(offsets, epochs, strict=True)
+        index_shuffle(int(offset), max_index=size - 1, seed=seeds[epoch], rounds=4) for offset, epoch in zip(offsets, epochs, strict=True)
     ]
     return np.array(shuffled, np.int64)
 

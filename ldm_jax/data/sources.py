@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from ldm_jax.config import UserError
+from ldm_jax.data.shapes import Pairs, ShapesSource
 from ldm_jax.data.transforms import center_crop
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -151,9 +152,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
             entry = json.loads(line)
             captions[str(Path(entry["file_name"]).as_posix())] = str(entry["text"]).strip()
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{path}: line {number} is not {{"file_name": ..., "text": ...}} ({type(error).__name__}: {error})'
-            ) from error
+            raise UserError(f'{path}: line {number} is not {{"file_name": ..., "text": ...}} ({type(error).__name__}: {error})') from error
     return captions
 
 
@@ -191,7 +190,7 @@ class TfdsSource:
                 raise UserError(f"data: TFDS {name!r} has no feature {missing[0]!r}, only {list(builder.info.features)}")
             decoders = {image_key: tfds.decode.SkipDecoding()}
             self._source = builder.as_data_source(split=split, decoders=decoders)
-        except (ValueError, NotImplementedError, AssertionError, OSError) as error:
+        except (ValueError, LookupError, NotImplementedError, AssertionError, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"data.name: TFDS {name!r}, split {split!r}, cannot be read from {data_dir or 'the default data_dir'}: "
@@ -304,7 +303,7 @@ def make_source(
     *,
     needs_text: bool = False,
     needs_label: bool = False,
-    pairs: str = "seen",
+    pairs: Pairs = "seen",
     log_path: Path | None = None,
 ) -> Source:
     """The source that a config's `data` group describes, with pictures of `data.resolution`.
@@ -316,18 +315,14 @@ def make_source(
         data: the group.
         needs_text: captions are conditioned on, so each example must have one.
         needs_label: classes are conditioned on, so each example must have one.
-        pairs: shapes only: the colour-shape pairs that are drawn, "seen" or "held_out".
+        pairs: shapes only: the colour-shape pairs that are drawn, "seen", "held_out" or "all".
         log_path: file in which broken examples are named.
 
     Raises:
         UserError: unknown source, or data that are missing or incomplete.
     """
     if data.source == "shapes":
-        from ldm_jax.data.shapes import ShapesSource
-
-        return ShapesSource(
-            size=data.size, seed=data.seed, resolution=data.resolution, counts=tuple(data.counts), pairs=pairs
-        )
+        return ShapesSource(size=data.size, seed=data.seed, resolution=data.resolution, counts=tuple(data.counts), pairs=pairs)
     source: Source
     if data.source == "folder":
         if not data.path:

@@ -13,9 +13,7 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 ConditionalDenoise = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
 
 
-def guided(
-    denoise: ConditionalDenoise, cond: Conditioning, null: Conditioning, scale: float | int | jax.Array
-) -> Denoise:
+def guided(denoise: ConditionalDenoise, cond: Conditioning, null: Conditioning, scale: float | int | jax.Array) -> Denoise:
     """A denoiser that answers null + scale (cond - null), on the network's raw prediction.
 
     Every prediction is affine in x_0 at fixed x_t with the same coefficients for both halves, so guiding eps, x0, v or flow

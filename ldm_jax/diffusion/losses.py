@@ -128,9 +128,7 @@ def noised(process: Process, x0: jax.Array, eps: jax.Array, t: Array) -> jax.Arr
     return expand(process.alpha(t), x0).astype(dtype) * x0 + expand(process.sigma(t), x0).astype(dtype) * eps
 
 
-def per_example(
-    process: Process, settings: DiffusionLoss, pred: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array
-) -> jax.Array:
+def per_example(process: Process, settings: DiffusionLoss, pred: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
     """Weighted loss of each example, the mean over its elements.
 
     Args:

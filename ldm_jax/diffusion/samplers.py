@@ -215,9 +215,7 @@ def _normal(keys: jax.Array, number: jax.Array, shape: tuple[int, ...], dtype: j
 _INITIAL, _ON_THE_WAY = 0, 1
 
 
-def initial_noise(
-    seed: int, image_indices: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
-) -> jax.Array:
+def initial_noise(seed: int, image_indices: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Standard normal [B, *shape]: row i is a function of (seed, image_indices[i]) only, whatever the batch and sampler."""
     root = jax.random.fold_in(jax.random.key(seed), _INITIAL)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(root, i), shape, dtype))(jnp.asarray(image_indices))

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dtype, kernel_init, norm, norm_groups, zeros
+from ldm_jax.nn.layers import Array, Dense, Dtype, kernel_init, norm, norm_groups, zeros
 
 # Below this many query positions the logits are small and XLA's own fusion is as fast as cuDNN's kernel.
 _FUSED_FROM = 1024
@@ -20,7 +20,13 @@ def attention(q: Array, k: Array, v: Array) -> Array:
         and head_dim % 8 == 0
         and head_dim <= 128  # the limit of every generation since Ampere, backward pass included
     )
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+    if fused:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    # Heads before positions: one batched matrix product, twice as fast on CPU as with the heads between.
+    q, k, v = (a.swapaxes(1, 2) for a in (q * head_dim**-0.5, k, v))
+    weights = jax.nn.softmax(jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide))
+    return jnp.matmul(weights.astype(v.dtype), v).swapaxes(1, 2)
 
 
 class MultiHeadAttention(nn.Module):
@@ -36,11 +42,11 @@ class MultiHeadAttention(nn.Module):
         inner = self.num_heads * self.head_dim
 
         def project(name: str, y: Array) -> Array:
-            y = nn.Dense(inner, use_bias=False, kernel_init=kernel_init, dtype=self.dtype, name=name)(y)
+            y = Dense(inner, use_bias=False, dtype=self.dtype, name=name)(y)
             return y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
 
         y = attention(project("q", x), project("k", context), project("v", context))
-        return nn.Dense(x.shape[-1], kernel_init=kernel_init, dtype=self.dtype, name="out")(y.reshape(*y.shape[:2], inner))
+        return Dense(x.shape[-1], dtype=self.dtype, name="out")(y.reshape(*y.shape[:2], inner))
 
 
 class GEGLU(nn.Module):
@@ -52,10 +58,10 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Array, deterministic: bool = True) -> Array:
         width = x.shape[-1]
-        h = nn.Dense(8 * width, kernel_init=kernel_init, dtype=self.dtype, name="proj")(x)
+        h = Dense(8 * width, dtype=self.dtype, name="proj")(x)
         value, gate = jnp.split(h, 2, axis=-1)
         h = nn.Dropout(self.dropout)(value * nn.gelu(gate, approximate=False), deterministic=deterministic)
-        return nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype, name="out")(h)
+        return Dense(width, dtype=self.dtype, name="out")(h)
 
 
 class TransformerBlock(nn.Module):
@@ -90,10 +96,10 @@ class SpatialTransformer(nn.Module):
         b, height, width, channels = x.shape
         inner = self.num_heads * self.head_dim
         h = norm(self.dtype, 1e-6, "norm", norm_groups(channels))(x).reshape(b, height * width, channels)
-        h = nn.Dense(inner, kernel_init=kernel_init, dtype=self.dtype, name="proj_in")(h)
+        h = Dense(inner, dtype=self.dtype, name="proj_in")(h)
         for i in range(self.depth):
             h = TransformerBlock(self.num_heads, self.head_dim, self.dropout, self.dtype, name=f"block_{i}")(h, context, deterministic)
-        h = nn.Dense(channels, kernel_init=zeros, dtype=self.dtype, name="proj_out")(h)
+        h = Dense(channels, init=zeros, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape)
 
 
@@ -110,7 +116,7 @@ class AttentionBlock(nn.Module):
         b, height, width, channels = x.shape
         h = norm(self.dtype, self.epsilon, "norm", norm_groups(channels))(x).reshape(b, height * width, channels)
         shape = (b, height * width, self.num_heads, channels // self.num_heads)
-        q, k, v = (nn.Dense(channels, kernel_init=kernel_init, dtype=self.dtype, name=n)(h).reshape(shape) for n in "qkv")
+        q, k, v = (Dense(channels, dtype=self.dtype, name=n)(h).reshape(shape) for n in "qkv")
         h = attention(q, k, v).reshape(h.shape)
         init = zeros if self.zero_init else kernel_init
-        return x + nn.Dense(channels, kernel_init=init, dtype=self.dtype, name="out")(h).reshape(x.shape)
+        return x + Dense(channels, init=init, dtype=self.dtype, name="out")(h).reshape(x.shape)

@@ -1,5 +1,6 @@
 """LPIPS, version 0.1: weighted squared differences of VGG16 features (Zhang et al., arXiv 1801.03924, eq. 1)."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -67,14 +68,19 @@ def params_from_state_dict(state: Mapping[str, np.ndarray]) -> Params:
 def random_params(key: jax.Array) -> Params:
     """Untrained float32 parameters of `lpips` (He initialisation, heads in [0, 1)), for tests and benchmarks."""
     convolution_key, head_key = jax.random.split(key)
-    convolutions = []
-    channels = 3
-    for index, width in enumerate(width for block in _BLOCKS for width in block):
-        noise = jax.random.normal(jax.random.fold_in(convolution_key, index), (3, 3, channels, width))
-        convolutions.append({"kernel": noise * (2 / (9 * channels)) ** 0.5, "bias": jnp.zeros(width)})
-        channels = width
+    widths = [width for block in _BLOCKS for width in block]
+    shapes = [(3, 3, channels, width) for channels, width in zip([3, *widths], widths, strict=False)]
+    # One draw for all layers: a draw for each would take seconds to compile.
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    noise = jnp.split(jax.random.normal(convolution_key, (ends[-1],)), ends[:-1])
     heads = [jax.random.uniform(jax.random.fold_in(head_key, k), (block[-1],)) for k, block in enumerate(_BLOCKS)]
-    return {"convolutions": convolutions, "heads": heads}
+    return {
+        "convolutions": [
+            {"kernel": values.reshape(shape) * math.sqrt(2 / math.prod(shape[:3])), "bias": jnp.zeros(shape[3])}
+            for values, shape in zip(noise, shapes, strict=True)
+        ],
+        "heads": heads,
+    }
 
 
 def _features(params: Params, images: jax.Array) -> list[jax.Array]:

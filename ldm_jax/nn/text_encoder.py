@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ldm_jax.nn.attention import MultiHeadAttention
-from ldm_jax.nn.layers import Array, Dtype, kernel_init
+from ldm_jax.nn.layers import Array, Dense, Dtype
 
 _embedding = nn.initializers.normal(0.02)
 
@@ -36,6 +36,6 @@ class TextTransformer(nn.Module):
 
         for i in range(self.depth):
             x = x + MultiHeadAttention(self.num_heads, self.head_dim, self.dtype, name=f"layer_{i}_attn")(normed(f"layer_{i}_norm1", x))
-            h = nn.Dense(4 * self.width, kernel_init=kernel_init, dtype=self.dtype, name=f"layer_{i}_ff_in")(normed(f"layer_{i}_norm2", x))
-            x = x + nn.Dense(self.width, kernel_init=kernel_init, dtype=self.dtype, name=f"layer_{i}_ff_out")(nn.gelu(h, approximate=False))
+            h = Dense(4 * self.width, dtype=self.dtype, name=f"layer_{i}_ff_in")(normed(f"layer_{i}_norm2", x))
+            x = x + Dense(self.width, dtype=self.dtype, name=f"layer_{i}_ff_out")(nn.gelu(h, approximate=False))
         return normed("final_norm", x)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
-from ldm_jax.nn.layers import Array, Conv, Dtype, ResBlock, kernel_init, norm, norm_groups, timestep_embedding, zeros
+from ldm_jax.nn.layers import Array, Conv, Dense, Dtype, ResBlock, norm, norm_groups, timestep_embedding, zeros
 
 REMAT = ("none", "blocks")
 
@@ -67,12 +67,12 @@ class UNet(nn.Module):
 
         h and w must be divisible by 2**(levels - 1). The result is in at least float32.
         """
-        emb = nn.Dense(4 * self.channels, kernel_init=kernel_init, dtype=self.dtype, name="time_embed_0")(
+        emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_0")(
             timestep_embedding(t, self.channels).astype(self.dtype)
         )
-        emb = nn.Dense(4 * self.channels, kernel_init=kernel_init, dtype=self.dtype, name="time_embed_2")(nn.silu(emb))
+        emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_2")(nn.silu(emb))
         if vector is not None:
-            emb = emb + nn.Dense(4 * self.channels, kernel_init=kernel_init, dtype=self.dtype, name="vector_embed")(vector.astype(self.dtype))
+            emb = emb + Dense(4 * self.channels, dtype=self.dtype, name="vector_embed")(vector.astype(self.dtype))
         if concat is not None:
             x = jnp.concatenate([x, concat.astype(x.dtype)], axis=-1)
 

@@ -47,9 +47,7 @@ def test_log_snr_falls_strictly_and_agrees_with_its_definition(process: Discrete
     log_snr = process.log_snr(t)
     assert np.all(np.diff(log_snr) < 0)
     inner = slice(1, -1)
-    np.testing.assert_allclose(
-        log_snr[inner], np.log(process.alpha(t[inner]) ** 2 / process.sigma(t[inner]) ** 2), rtol=1e-9, atol=1e-12
-    )
+    np.testing.assert_allclose(log_snr[inner], np.log(process.alpha(t[inner]) ** 2 / process.sigma(t[inner]) ** 2), rtol=1e-9, atol=1e-12)
 
 
 def test_log_snr_is_infinite_at_the_ends() -> None:

@@ -18,9 +18,7 @@ def test_published_terminal_signal(start: float, end: float, terminal: float) ->
 
 def test_linear_beta_and_defaults() -> None:
     np.testing.assert_allclose(schedules.make_betas("linear_beta", 5), [1e-4, 0.005075, 0.01005, 0.015025, 0.02])
-    np.testing.assert_array_equal(
-        schedules.make_betas("linear", 1000), schedules.make_betas("linear", 1000, 0.0015, 0.0195)
-    )
+    np.testing.assert_array_equal(schedules.make_betas("linear", 1000), schedules.make_betas("linear", 1000, 0.0015, 0.0195))
 
 
 def test_cosine_follows_its_formula() -> None:

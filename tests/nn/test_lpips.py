@@ -17,7 +17,7 @@ def params() -> dict:
 
 
 def _images(seed: int, size: int = 16) -> jax.Array:
-    return jax.random.uniform(jax.random.key(seed), (2, size, size, 3), minval=-1, maxval=1)
+    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (2, size, size, 3)), jnp.float32)
 
 
 def _state_dict(params: dict) -> dict[str, np.ndarray]:

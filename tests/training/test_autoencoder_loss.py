@@ -134,15 +134,14 @@ def small_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_lpips")
 @pytest.mark.parametrize(
-    "loss",
+    ("loss", "dtype", "rtol"),
     [
-        AutoencoderLoss(kl_weight=0.1),
-        AutoencoderLoss(pixel="l2", disc_loss="vanilla", perceptual_weight=0.3, disc_weight=0.8),
-        AutoencoderLoss(adaptive_max=1e-3),
+        (AutoencoderLoss(kl_weight=0.1), "float32", 1e-5),
+        (AutoencoderLoss(kl_weight=0.1), "float64", 1e-11),
+        (AutoencoderLoss("l2", 0.3, disc_weight=0.8, disc_loss="vanilla", adaptive_max=1e-3), "float64", 1e-11),
     ],
-    ids=["paper", "l2 and vanilla", "clamped"],
+    ids=["paper in float32", "paper in float64", "l2, vanilla, clamped"],
 )
-@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("float64", 1e-11)])
 def test_gradients_equal_a_plain_two_pass_implementation(loss: AutoencoderLoss, dtype: str, rtol: float) -> None:
     with jax.enable_x64(dtype == "float64"):
         networks, params, disc, images = _setup(jnp.dtype(dtype))
@@ -161,40 +160,32 @@ def test_gradients_equal_a_plain_two_pass_implementation(loss: AutoencoderLoss, 
             np.testing.assert_allclose(weight, 1e-3 * loss.disc_weight, rtol=1e-6)
 
 
-def test_gradients_with_lpips_itself_equal_the_plain_ones() -> None:
-    loss = AutoencoderLoss()
-    networks, params, disc, images = _setup(jnp.float32, batch=2)
-    perceptual = jax.jit(random_params)(jax.random.key(5))
-    args = (images, jax.random.key(4))
-    grads, _, metrics, _ = jax.jit(lambda p, w: gan_gradients(loss, networks, p, disc, w, *args))(params, perceptual)
-
-    def nll(params: AutoencoderParams) -> tuple[jax.Array, jax.Array]:
-        h, kl, _ = networks.forward(params.body, *args)
-        recon = networks.last(params.last, h)
-        distance = lpips(perceptual, recon, images).mean()
-        gan = -jnp.mean(networks.discriminate(disc, recon))
-        pixels = jnp.abs(images - recon).sum() / 2
-        return pixels + 768 * distance + loss.kl_weight * kl.mean() + metrics["adaptive_weight"] * gan, distance
-
-    expected, distance = jax.jit(jax.grad(nll, has_aux=True))(params)
-    _assert_close(grads, expected, 1e-5)
-    np.testing.assert_allclose(metrics["loss/lpips"], distance, rtol=1e-5)
+def test_lpips_weighs_as_one_more_loss_at_every_value() -> None:
+    loss = AutoencoderLoss(perceptual_weight=0.7)
+    networks, params, _, images = _setup(jnp.float32, batch=1)
+    shapes = jax.eval_shape(random_params, jax.random.key(0))
+    perceptual = jax.tree.map(lambda w: jnp.asarray(np.random.default_rng(0).normal(0, 0.03, w.shape), w.dtype), shapes)
+    run = jax.jit(lambda w: reconstruction_gradients(loss, networks, params, w, images, jax.random.key(4))[1])
+    metrics = run(perceptual)
+    recon = networks.last(params.last, networks.forward(params.body, images, jax.random.key(4))[0])
+    distance = jax.jit(lpips)(perceptual, recon, images)[0]
+    np.testing.assert_allclose(metrics["loss/lpips"], distance, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss/nll"], jnp.abs(images - recon).sum() + 768 * 0.7 * distance, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("float64", 1e-11)])
-def test_four_micro_batches_equal_the_whole_batch(dtype: str, rtol: float) -> None:
-    with jax.enable_x64(dtype == "float64"):
+def test_four_micro_batches_equal_the_whole_batch() -> None:
+    with jax.enable_x64(True):
         loss = AutoencoderLoss(kl_weight=0.1)
-        networks, params, disc, images = _setup(jnp.dtype(dtype), norm="group", batch=8)
+        networks, params, disc, images = _setup(jnp.float64, norm="group", batch=8)
         key = jax.random.key(4)
         whole = jax.jit(lambda x: gan_gradients(loss, networks, params, disc, None, x, key))(images)
         part = jax.jit(lambda x: split_gan_gradients(loss, networks, params, disc, None, x, key)[:4])
         parts = [part(micro) for micro in images.reshape(4, 2, 16, 16, 3)]
         rec, gan, disc_grads, metrics = jax.tree.map(lambda *leaves: sum(leaves) / 4, *parts)
         grads, weight = combine(loss, rec, gan)
-        _assert_close(grads, whole[0], rtol)
-        _assert_close(disc_grads, whole[1], rtol)
-        _assert_close(metrics | {"adaptive_weight": weight}, whole[2], rtol)
+        _assert_close(grads, whole[0], 1e-11)
+        _assert_close(disc_grads, whole[1], 1e-11)
+        _assert_close(metrics | {"adaptive_weight": weight}, whole[2], 1e-11)
 
 
 def test_reconstruction_phase_is_the_gan_phase_without_its_terms() -> None:
@@ -217,7 +208,8 @@ def test_reconstruction_phase_is_the_gan_phase_without_its_terms() -> None:
 
 def test_metrics_are_what_their_names_say() -> None:
     networks, params, disc, images = _setup(jnp.float32)
-    metrics = gan_gradients(AutoencoderLoss(), networks, params, disc, None, images, jax.random.key(4))[2]
+    run = jax.jit(lambda p: gan_gradients(AutoencoderLoss(), networks, p, disc, None, images, jax.random.key(4))[2])
+    metrics = run(params)
     h, kl, _ = networks.forward(params.body, images, jax.random.key(4))
     recon = networks.last(params.last, h)
     real, fake = networks.discriminate(disc, images), networks.discriminate(disc, recon)
@@ -255,12 +247,12 @@ def test_one_forward_pass_of_the_autoencoder_and_two_of_the_discriminator() -> N
 
 def test_losses_are_float32_and_gradients_keep_the_parameters_dtype_in_bfloat16() -> None:
     networks, params, disc, images = _setup(jnp.bfloat16)
-    grads, disc_grads, metrics, _ = jax.jit(
-        lambda p: gan_gradients(AutoencoderLoss(), networks, p, disc, None, images, jax.random.key(4))
-    )(params)
+    key = jax.random.key(4)
+    grads, disc_grads, metrics, _ = jax.eval_shape(
+        lambda p: gan_gradients(AutoencoderLoss(), networks, p, disc, None, images, key), params
+    )
     assert {leaf.dtype for leaf in metrics.values()} == {jnp.dtype(jnp.float32)}
     assert {leaf.dtype for leaf in jax.tree.leaves((grads, disc_grads))} == {jnp.dtype(jnp.bfloat16)}
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((grads, disc_grads)))
 
 
 def test_adaptive_weight_at_its_limits() -> None:
@@ -284,7 +276,9 @@ def test_unknown_kinds_and_bad_weight_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_lpips_weights_are_read_from_two_files(tmp_path: Path) -> None:
-    params = jax.jit(random_params)(jax.random.key(0))
+    params = jax.tree.map(lambda w: np.full(w.shape, 0.5, w.dtype), jax.eval_shape(random_params, jax.random.key(0)))
+    params["heads"][2][7] = 2
+    params["convolutions"][3]["kernel"][0, 1, 2, 3] = 3
     index = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     vgg = {}
     for n, layer in zip(index, params["convolutions"], strict=True):

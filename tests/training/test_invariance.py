@@ -1,0 +1,77 @@
+"""Ten updates do not depend on the number of devices, on how the parameters are split, or on how a batch is accumulated."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ldm_jax.sharding.mesh import make_mesh, replicated, to_global
+from ldm_jax.training import loop
+
+STEPS = 10
+LOSSES = {
+    "autoencoder": ("loss/nll", "loss/kl", "loss/discriminator", "loss/generator", "adaptive_weight", "gradient_norm"),
+    "moments": ("loss", "gradient_norm"),
+    "images": ("loss", "gradient_norm"),
+}
+
+
+@cache
+def ten_updates(kind: str, dtype: str, data: int, fsdp: int, accumulation: int = 1) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """The metrics of every update, and the leaves of the first EMA after the last."""
+    cfg = tiny.config(width=32)  # wide enough for leaves that the fsdp axis splits
+    cfg.data.cache = kind != "images"
+    for train in (cfg.train, cfg.first_stage.train):
+        train.update(dtype=dtype, accumulation=accumulation)
+    with jax.enable_x64(dtype == "float64"):
+        stage = tiny.autoencoder_stage(cfg) if kind == "autoencoder" else tiny.diffusion_stage(cfg)
+        mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+        with jax.set_mesh(mesh):
+            state = loop.init_state(stage, mesh)
+            split = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
+            assert bool(split) == (fsdp > 1)
+            assert all(leaf.addressable_shards[0].data.size == leaf.size // fsdp for leaf in split)
+            step_fn, batches = loop.make_step(stage, mesh, state), stage.batches()
+            root = jax.device_put(jax.random.key(0), replicated(mesh))
+            history = []
+            for step in range(STEPS):
+                state, metrics = step_fn(state, to_global(batches.batch(step), mesh), root, stage.phase(step))
+                history.append(jax.device_get(metrics))
+        decay = str(stage.config.ema.decays[0])
+        ema = [np.asarray(leaf) for leaf in jax.tree.leaves(state.ema[decay])]
+    assert all(leaf.dtype == dtype for leaf in ema) and int(state.skipped) == 0
+    return {name: np.array([m[name] for m in history if name in m]) for name in LOSSES[kind]}, ema
+
+
+def assert_equal_runs(kind: str, dtype: str, run: tuple, other: tuple) -> None:
+    tolerance = 1e-8 if dtype == "float64" else 1e-5
+    for name in LOSSES[kind]:
+        assert len(run[0][name]) == len(other[0][name]) >= 5 and run[0][name].dtype == dtype
+        np.testing.assert_allclose(other[0][name], run[0][name], rtol=tolerance, err_msg=name)
+    for a, b in zip(run[1], other[1], strict=True):
+        # Adam turns rounding into an update of up to the learning rate wherever a gradient vanishes, hence a bound for the mean in float32.
+        difference = np.abs(a - b)
+        assert (difference.max() if dtype == "float64" else difference.mean()) < tolerance
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (1, 8), (2, 4)], ids=["data", "fsdp", "mixed"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kind", ["autoencoder", "moments"])
+def test_eight_devices_equal_one(kind: str, dtype: str, mesh: tuple[int, int]) -> None:
+    assert_equal_runs(kind, dtype, ten_updates(kind, dtype, 1, 1), ten_updates(kind, dtype, *mesh))
+
+
+def test_eight_devices_equal_one_when_encoding_in_every_step() -> None:
+    assert_equal_runs("images", "float64", ten_updates("images", "float64", 1, 1), ten_updates("images", "float64", 2, 4))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kind", ["autoencoder", "moments"])
+def test_four_micro_batches_equal_one(kind: str, dtype: str) -> None:
+    assert_equal_runs(kind, dtype, ten_updates(kind, dtype, 1, 1), ten_updates(kind, dtype, 1, 1, accumulation=4))
+
+
+def test_micro_batches_on_a_mesh() -> None:
+    assert_equal_runs("moments", "float64", ten_updates("moments", "float64", 1, 1), ten_updates("moments", "float64", 2, 2, accumulation=4))
