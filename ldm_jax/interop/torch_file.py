@@ -2,7 +2,8 @@
 
 A torch file (`torch.save`, since 1.6) is a zip archive: `<name>/data.pkl` is a pickle of the object, in which each
 tensor is a call of `torch._utils._rebuild_tensor_v2` on a storage, and `<name>/data/<key>` holds the bytes of a
-storage. Pickles can call any function, so this reader knows the few names that a state dict needs, replaces them by
+storage. Before 1.6 it was a row of pickles (a magic number, a version, the machine's word sizes, the object, the keys of its
+storages) followed by the storages' bytes; torchvision's VGG16 and the LPIPS heads are still kept that way. Pickles can call any function, so this reader knows the few names that a state dict needs, replaces them by
 functions of its own, and refuses the rest: nothing of the file is run.
 """
 
@@ -92,13 +93,10 @@ def _load_npz(file: epath.Path) -> dict[str, np.ndarray]:
 
 def _load_torch(file: epath.Path) -> dict[str, np.ndarray]:
     with file.open("rb") as stream:
-        if stream.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
-            raise ValueError(
-                f"{file} is in torch's format from before 1.6, which is not read here: "
-                "write it anew where torch is installed, with torch.save(torch.load(path), new_path)"
-            )
+        legacy = stream.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
+        stream.seek(0)
         try:
-            loaded = _Archive(stream).load()
+            loaded = _load_legacy(stream) if legacy else _Archive(stream).load()
         except _DAMAGE as error:
             raise ValueError(f"{file} cannot be read as a torch weight file: {error}") from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
@@ -142,6 +140,33 @@ class _Archive:
         return np.frombuffer(self._content, dtype, count, start)
 
 
+def _load_legacy(stream: BinaryIO) -> Any:
+    """The object of a file from before torch 1.6. Storages follow the object, so they are allocated first and filled afterwards."""
+    storages: dict[str, np.ndarray] = {}
+    file_size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+
+    def allocate(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        if key not in storages:
+            if count * dtype.itemsize > file_size:
+                raise ValueError(f"storage {key} of {count} x {dtype} is larger than the file")
+            storages[key] = np.empty(count, dtype)
+        return storages[key]
+
+    _magic, _version, machine = (_Unpickler(stream, allocate).load() for _ in range(3))
+    if not machine["little_endian"]:
+        raise ValueError("its storages are big-endian: save it on a little-endian machine")
+    loaded = _Unpickler(stream, allocate).load()
+    for key in _Unpickler(stream, allocate).load():
+        storage = storages[key]
+        (count,) = struct.unpack("<q", stream.read(8))
+        data = stream.read(storage.nbytes)
+        if count != storage.size or len(data) != storage.nbytes:
+            raise ValueError(f"storage {key} is truncated")
+        storage[:] = np.frombuffer(data, storage.dtype)
+    return loaded
+
+
 def _content(stream: BinaryIO) -> mmap.mmap | bytes:
     """All bytes of an open file, mapped where it is a local one."""
     try:
@@ -167,7 +192,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         match pid:
-            case ("storage", str(kind), str(key), _, int(count)) if kind in _STORAGES and count >= 0:
+            case ("storage", str(kind), str(key), _, int(count), *view) if kind in _STORAGES and count >= 0 and not any(view):
                 return self._read_storage(key, _STORAGES[kind], count) if count else np.empty(0, _STORAGES[kind])
         raise ValueError(f"unknown kind of storage {str(pid)[:80]}")
 

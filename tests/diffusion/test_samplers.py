@@ -63,8 +63,7 @@ def test_any_step_count_is_honoured_and_grids_descend(steps: int, spacing: str) 
     np.testing.assert_array_equal(times, np.round(times))
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("steps", [1, 7, 20])
+@pytest.mark.parametrize(("steps", "eta"), [(1, 0.0), (7, 0.6), (20, 0.0), (20, 1.0)])
 def test_ddim_is_the_published_formula(steps: int, eta: float) -> None:
     """Song et al. (arXiv 2010.02502), eq. 12 and 16, written with alpha-bar in a plain loop."""
     betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2

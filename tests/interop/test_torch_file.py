@@ -280,10 +280,6 @@ def test_one_changed_byte_gives_arrays_or_a_clear_error(
 
 
 def test_other_formats_and_missing_files_are_named(tmp_path: Path) -> None:
-    legacy = tmp_path / "old.pth"
-    legacy.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2))
-    with pytest.raises(ValueError, match=r"before 1\.6.*torch\.save\(torch\.load\(path\), new_path\)"):
-        load_state_dict(legacy)
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     with pytest.raises(ValueError, match="no zip archive"):
         load_state_dict(tmp_path / "page.pth")
@@ -292,6 +288,46 @@ def test_other_formats_and_missing_files_are_named(tmp_path: Path) -> None:
         load_state_dict(tmp_path / "x.npz")
     with pytest.raises(FileNotFoundError, match="no weight file"):
         load_state_dict(tmp_path / "absent.pth")
+
+
+def _write_legacy(path: Path, obj: Any) -> Path:
+    """The format from before torch 1.6: header pickles, the object, the storages' keys, their sizes and bytes."""
+    storages: dict[str, np.ndarray] = {}
+
+    class Pickler(_Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            pid = super().persistent_id(obj)
+            if pid is None:
+                return None
+            storages[obj.key] = obj.array
+            return (*pid, None)
+
+    stream = io.BytesIO()
+    for header in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}):
+        pickle.dump(header, stream, protocol=2)
+    Pickler(stream, protocol=2).dump(obj)
+    pickle.dump(list(storages), stream, protocol=2)
+    for array in storages.values():
+        stream.write(array.size.to_bytes(8, "little") + array.tobytes())
+    path.write_bytes(stream.getvalue())
+    return path
+
+
+def test_files_from_before_torch_1_6(tmp_path: Path) -> None:
+    a, b = np.arange(12, dtype=np.float32).reshape(3, 4), np.arange(5, dtype=np.int64)
+    transposed = _tensor(_Storage("FloatStorage", "0", a.ravel()), 0, (4, 3), (1, 4))
+    path = _write_legacy(tmp_path / "old.pth", {"a": _of(a.ravel(), "0"), "t": transposed, "b": _of(b, "7")})
+    state = load_state_dict(path)
+    np.testing.assert_array_equal(state["a"], a.ravel())
+    np.testing.assert_array_equal(state["t"], a.T)
+    np.testing.assert_array_equal(state["b"], b)
+    for cut in (1, 20, 60):
+        (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:-cut])
+        with pytest.raises(ValueError, match="cannot be read as a torch weight file"):
+            load_state_dict(tmp_path / "cut.pth")
+    hostile = _write_legacy(tmp_path / "hostile.pth", {"a": _Call("os.system", "true")})
+    with pytest.raises(ValueError, match=r"asks for os\.system"):
+        load_state_dict(hostile)
 
 
 @pytest.mark.parametrize("obj", [{"epoch": 1}, [1, 2], {"model": {"w": None}}, {"state_dict": 3}])
