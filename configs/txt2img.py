@@ -3,12 +3,13 @@
     python -m ldm_jax.train --config configs/txt2img.py[:PRESET] --workdir runs/txt2img
 
 Presets:
-  shapes      (default) captioned scenes of one to three shapes, 64 px, drawn on the fly; nothing to download. See the README for time and numbers
-              on two CPU cores.
+  shapes      (default) captioned scenes of one to three shapes, 64 px, drawn on the fly; nothing to download. See the README for time and
+              numbers on two CPU cores.
   smoke       every stage in under two minutes on two CPU cores: a check that all works, not a model.
   gpu         the same scenes at 256 px, for one large GPU.
-  laion-1p4b  the paper's 1.45-billion-parameter text model (tables 2 and 15: FID 12.63 on COCO with guidance 1.5), for captioned images of your own:
-              --config.data.source=folder --config.data.path=DIR. Its first stage is KL-f8; give a trained one with --config.first_stage.path.
+  laion-1p4b  the paper's 1.45-billion-parameter text model (tables 2 and 15: FID 12.63 on COCO with guidance 1.5), for captioned images of
+              your own: --config.data.source=folder --config.data.path=DIR. Its first stage is KL-f8; give a trained one with
+              --config.first_stage.path.
 """
 
 from ml_collections import ConfigDict

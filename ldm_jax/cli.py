@@ -30,7 +30,13 @@ def config_parser(description: str) -> Parser:
     return parser
 
 
-def start(workdir: str | None = None, dtype: str = "auto", coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+def start(
+    workdir: str | None = None,
+    dtype: str = "auto",
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
     """Sets the process up before anything touches a device: logging, cluster, compilation cache, float64 where asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """A latent diffusion model as one object: networks built from a configuration, a model directory read and written, and sampling.
 
-`FirstStage` and `Denoiser` are static descriptions whose methods are pure functions of their parameters; `LatentDiffusion` holds both with their
-parameters and is what `ldm_jax.load` returns.
+`FirstStage` and `Denoiser` are static descriptions whose methods are pure functions of their parameters; `LatentDiffusion` holds both with
+their parameters and is what `ldm_jax.load` returns.
 """
 
 import json
@@ -36,6 +36,11 @@ DENOISERS: dict[str, type[UNet]] = {"unet": UNet}
 Params = dict[str, Any]
 
 
+def apply(network: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """A network as a function of its parameters and inputs."""
+    return network.apply({"params": params}, *args, **kwargs)
+
+
 @dataclass(frozen=True)
 class FirstStage:
     """The autoencoder with the affine map between raw and scaled latents: scaled = (raw - shift) / scale, per channel or one for all."""
@@ -46,7 +51,7 @@ class FirstStage:
 
     def moments(self, params: Params, images: jax.Array) -> jax.Array:
         """Float images [B,H,W,3] in [-1, 1] to raw moments [B,h,w,2c] (mean, log-variance)."""
-        return self.network.apply({"params": params}, images, method="moments")
+        return apply(self.network, params, images, method="moments")
 
     def scaled(self, raw: jax.Array) -> jax.Array:
         return (raw - jnp.asarray(self.shift, raw.dtype)) / jnp.asarray(self.scale, raw.dtype)
@@ -58,7 +63,7 @@ class FirstStage:
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Scaled latents [B,h,w,c] to float images [B,H,W,3], not clipped."""
         raw = latents * jnp.asarray(self.scale, latents.dtype) + jnp.asarray(self.shift, latents.dtype)
-        return self.network.apply({"params": params}, raw, method="decode")
+        return apply(self.network, params, raw, method="decode")
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Denoiser:
         """The raw prediction [B,h,w,c] for x_t at t [B] in the process's units; dropout acts where a key is given."""
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         features = self.process.time_features(t)
-        return self.network.apply({"params": params["denoiser"]}, x_t, features, **condition, deterministic=dropout_key is None, rngs=rngs)
+        return apply(self.network, params["denoiser"], x_t, features, **condition, deterministic=dropout_key is None, rngs=rngs)
 
 
 def generate(
@@ -104,7 +109,10 @@ def generate(
     guidance: float | jax.Array,
     keys: jax.Array | None = None,
 ) -> jax.Array:
-    """Noise [B,h,w,c] to images uint8 [B,H,W,3]: conditions once, the sampler's loop, the decoder. Pure; the first three arguments are static."""
+    """Noise [B,h,w,c] to images uint8 [B,H,W,3]: conditions once, the sampler's loop, the decoder.
+
+    Pure; the first three arguments are static.
+    """
     condition, unconditional = denoiser.condition(params, arrays), denoiser.condition(params, null)
     denoise = guided(partial(denoiser.denoise, params), condition, unconditional, guidance)
     latents = sample(denoise, denoiser.process, denoiser.prediction, settings, noise, keys)
@@ -254,7 +262,9 @@ class LatentDiffusion:
           negative: a prompt to move away from, in place of the empty one.
           prompts: one text an image.
 
-        Image i depends on (seed, i, its prompt) alone, not on the batch it is drawn in. Raises UserError for inputs that do not go together.
+        Image i depends on (seed, i, its prompt) alone, not on the batch it is drawn in.
+
+        Raises: UserError for inputs that do not go together.
         """
         denoiser = self._needs_denoiser()
         defaults = self.info["sample"]
@@ -280,8 +290,9 @@ class LatentDiffusion:
         noise = initial_noise(seed, index, self.latent_shape)
         split = split_host_arrays({"arrays": arrays, "null": null, "noise": np.asarray(noise)}, self.mesh)
         try:
+            keys = image_keys(seed, index)
             images = generate_jit(
-                self.first_stage, denoiser, settings, self.params, split["noise"], split["arrays"], split["null"], guidance, image_keys(seed, index)
+                self.first_stage, denoiser, settings, self.params, split["noise"], split["arrays"], split["null"], guidance, keys
             )
         except ValueError as error:
             raise UserError(f"cannot sample: {error}") from error
@@ -323,13 +334,14 @@ class LatentDiffusion:
         write_json(root / "model.json", info)
 
 
-def _sampler_settings(defaults: Mapping[str, Any], steps: int | None, kind: str | None, eta: float | None, spacing: str | None) -> SamplerSettings:
-    given = {"kind": kind, "steps": steps, "eta": eta, "spacing": spacing}
-    stored = {"kind": defaults["sampler"], "steps": defaults["steps"], "eta": defaults["eta"], "spacing": defaults["spacing"]}
-    if kind is not None and eta is None:
-        stored["eta"] = 0.0  # the stored eta belongs to the stored sampler
+def _sampler_settings(
+    defaults: Mapping[str, Any], steps: int | None, kind: str | None, eta: float | None, spacing: str | None
+) -> SamplerSettings:
+    if eta is None:
+        eta = defaults["eta"] if kind is None else 0.0  # the stored eta belongs to the stored sampler
+    steps = defaults["steps"] if steps is None else steps
     try:
-        return SamplerSettings(**{name: stored[name] if value is None else value for name, value in given.items()})
+        return SamplerSettings(kind or defaults["sampler"], steps, eta, spacing or defaults["spacing"])
     except ValueError as error:
         raise UserError(f"cannot sample: {error}") from error
 
@@ -381,7 +393,8 @@ def load_first_stage(path: str | Path, dtype: Any) -> tuple[FirstStage, Params]:
         raise UserError(f"{root} has format {info.get('format')}; this version reads format {FORMAT}")
     settings, params = _load_part(root / "first_stage")
     stage = FirstStage(build_autoencoder(settings, dtype), tuple(info["shift"]), tuple(info["scale"]))
-    check_shapes(params, jax.eval_shape(partial(init_autoencoder, stage.network, resolution=info["resolution"]), jax.random.key(0)), str(root))
+    expected = jax.eval_shape(partial(init_autoencoder, stage.network, resolution=info["resolution"]), jax.random.key(0))
+    check_shapes(params, expected, str(root))
     return stage, params
 
 
@@ -394,7 +407,11 @@ def check_shapes(params: Params, expected: Params, where: str) -> None:
     """Raises UserError with one list of every missing, unexpected or mis-shaped tensor."""
     there = {".".join(k): v.shape for k, v in _flatten(params)}
     wanted = {".".join(k): v.shape for k, v in _flatten(expected)}
-    wrong = [f"{k}: {there.get(k, 'missing')} there, {wanted.get(k, 'not expected')} wanted" for k in sorted({*there, *wanted}) if there.get(k) != wanted.get(k)]
+    wrong = [
+        f"{name}: {there.get(name, 'missing')} there, {wanted.get(name, 'not expected')} wanted"
+        for name in sorted({*there, *wanted})
+        if there.get(name) != wanted.get(name)
+    ]
     if wrong:
         raise UserError(f"{where} does not fit its configuration: {'; '.join(wrong)}")
 

@@ -1,7 +1,7 @@
 """`python -m ldm_jax.sample --model DIR --prompt TEXT --output DIR`: images from a trained model, as PNG files and one grid."""
 
 from ldm_jax import cli
-from ldm_jax.config import UserError
+from ldm_jax.config import UserError, write_bytes
 
 
 def parser() -> cli.Parser:
@@ -51,7 +51,7 @@ def main() -> int:
     from PIL import Image
 
     import ldm_jax
-    from ldm_jax.training.preview import save_grid
+    from ldm_jax.training.preview import png_bytes, save_grid
 
     model = ldm_jax.load(args.model, args.step, args.ema, args.dtype)
     names = ("num", "steps", "guidance", "sampler", "seed", "negative", "eta", "spacing", "batch_size")
@@ -59,8 +59,7 @@ def main() -> int:
     output = epath.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        with (output / f"{i:05d}.png").open("wb") as file:
-            Image.fromarray(image).save(file, "PNG")
+        write_bytes(output / f"{i:05d}.png", png_bytes(Image.fromarray(image)))
     captions = None if prompts is None else prompts * len(images) if len(prompts) == 1 else prompts
     save_grid(output / "grid.png", images, min(8, len(images)), captions)
     print(f"{len(images)} images: {output}")

@@ -1,4 +1,7 @@
-"""`python -m ldm_jax.train --config configs/txt2img.py[:preset] --workdir DIR [--config.group.field=value ...]`: a whole run, resumed where it stopped."""
+"""`python -m ldm_jax.train --config configs/txt2img.py[:preset] --workdir DIR [--config.group.field=value ...]`.
+
+A whole run, resumed where it stopped.
+"""
 
 import sys
 

@@ -1,7 +1,7 @@
 """What the denoiser is told: conditioners turn a batch's fields into arrays (host), and those into network inputs (device).
 
-The arrays of a batch have a *null* value, which replaces each example's own at the conditioner's drop rate in training, so that the denoiser also
-learns the unconditional score (Ho & Salimans 2022).
+The arrays of a batch have a *null* value, which replaces each example's own at the conditioner's drop rate in training, so that the
+denoiser also learns the unconditional score (Ho & Salimans 2022).
 """
 
 from collections.abc import Mapping, Sequence

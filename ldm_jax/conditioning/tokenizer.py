@@ -20,7 +20,10 @@ class Tokenizer:
         self._inner.enable_truncation(max_length)
         padding = self._inner.padding or {}
         self._inner.enable_padding(
-            length=max_length, pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", _PAD), pad_type_id=padding.get("pad_type_id", 0)
+            length=max_length,
+            pad_id=padding.get("pad_id", 0),
+            pad_token=padding.get("pad_token", _PAD),
+            pad_type_id=padding.get("pad_type_id", 0),
         )
 
     @classmethod
@@ -37,8 +40,8 @@ class Tokenizer:
             show_progress=False,
         )
         inner.train_from_iterator(captions, trainer)
-        bos, eos = inner.token_to_id(_BOS), inner.token_to_id(_EOS)
-        inner.post_processor = tokenizers.processors.TemplateProcessing(single=f"{_BOS} $A {_EOS}", special_tokens=[(_BOS, bos), (_EOS, eos)])
+        ends = [(token, inner.token_to_id(token)) for token in (_BOS, _EOS)]
+        inner.post_processor = tokenizers.processors.TemplateProcessing(single=f"{_BOS} $A {_EOS}", special_tokens=ends)
         return cls(inner, max_length)
 
     @classmethod

@@ -5,7 +5,7 @@ hosts, and nothing about the data needs to be saved.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -84,7 +84,7 @@ class Batches:
         batch = stack(read_examples(self.source, indices, flips))
         return batch if self._transform is None else self._transform(batch)
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yields batch(start_step), batch(start_step + 1), ... for ever, read ahead by threads that end with it."""
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="batches")
         pending: deque[Future[Batch]] = deque()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ldm_jax.diffusion.prediction import determinant, solve
 from ldm_jax.diffusion.process import Array, Process
@@ -215,13 +216,13 @@ def _normal(keys: jax.Array, number: jax.Array, shape: tuple[int, ...], dtype: j
 _INITIAL, _ON_THE_WAY = 0, 1
 
 
-def initial_noise(seed: int, image_indices: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def initial_noise(seed: int, image_indices: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Standard normal [B, *shape]: row i is a function of (seed, image_indices[i]) only, whatever the batch and sampler."""
     root = jax.random.fold_in(jax.random.key(seed), _INITIAL)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(root, i), shape, dtype))(jnp.asarray(image_indices))
 
 
-def image_keys(seed: int, image_indices: jax.Array) -> jax.Array:
+def image_keys(seed: int, image_indices: ArrayLike) -> jax.Array:
     """Typed PRNG keys [B] for the noise that `sample` adds on the way, independent of `initial_noise`."""
     root = jax.random.fold_in(jax.random.key(seed), _ON_THE_WAY)
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.asarray(image_indices))

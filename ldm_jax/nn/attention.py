@@ -1,4 +1,4 @@
-"""Attention: one dispatcher to the fused kernels, and the blocks of the paper's UNet (Rombach et al. 2022, section 3.3 and appendix E.2.1)."""
+"""Attention: one dispatcher to the fused kernels, and the blocks of the paper's UNet (Rombach et al. 2022, section 3.3, appendix E.2.1)."""
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ def attention(q: Array, k: Array, v: Array) -> Array:
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention from x [B,T,C] to context [B,S,D] (self-attention where it is None); returns [B,T,C]. No biases but the output's."""
+    """Multi-head attention from x [B,T,C] to context [B,S,D] (to x itself where it is None); returns [B,T,C]. Only the output has a bias."""
 
     num_heads: int
     head_dim: int

@@ -30,7 +30,8 @@ class Encoder(nn.Module):
         for level, mult in enumerate(self.channel_mult):
             for i in range(self.num_res_blocks):
                 name = f"down_{level}_{i}"
-                h = ResBlock(self.channels * mult, _EPS, self.dropout, zero_init=False, dtype=self.dtype, name=f"{name}_res")(h, None, deterministic)
+                block = ResBlock(self.channels * mult, _EPS, self.dropout, zero_init=False, dtype=self.dtype, name=f"{name}_res")
+                h = block(h, None, deterministic)
                 if factor in self.attention_levels:
                     h = AttentionBlock(epsilon=_EPS, zero_init=False, dtype=self.dtype, name=f"{name}_attn")(h)
             if level + 1 < len(self.channel_mult):
@@ -62,7 +63,8 @@ class Decoder(nn.Module):
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 name = f"up_{level}_{i}"
-                h = ResBlock(self.channels * mult, _EPS, self.dropout, zero_init=False, dtype=self.dtype, name=f"{name}_res")(h, None, deterministic)
+                block = ResBlock(self.channels * mult, _EPS, self.dropout, zero_init=False, dtype=self.dtype, name=f"{name}_res")
+                h = block(h, None, deterministic)
                 if factor in self.attention_levels:
                     h = AttentionBlock(epsilon=_EPS, zero_init=False, dtype=self.dtype, name=f"{name}_attn")(h)
             if level:
@@ -86,7 +88,7 @@ class KLAutoencoder(nn.Module):
       num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
       attention_levels: downsampling factors with attention, besides the middle (`mid_attention`).
       z_channels, latent_channels: channels inside, and of the latent (`embed_dim` of the released configurations).
-      patch_size: pixels folded into channels before the first convolution; 1 in the paper. 4 makes small models several times faster on a CPU.
+      patch_size: pixels folded into channels before the first convolution; 1 in the paper, 4 makes small models several times faster on a CPU.
     """
 
     channels: int = 128

@@ -1,7 +1,7 @@
 """Layers shared by the networks: convolutions, norms, residual blocks, resampling, timestep embedding.
 
-All feature maps are NHWC. `dtype` is the compute type; parameters keep their own type (float32 unless the caller casts them), and norm statistics
-are taken in at least float32.
+All feature maps are NHWC. `dtype` is the compute type; parameters keep their own type (float32 unless the caller casts them), and norm
+statistics are taken in at least float32.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ Initializer = Callable[..., Any]
 zeros: Initializer = nn.initializers.zeros_init()
 kernel_init: Initializer = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # torch's Conv2d and Linear
 
-# Row taps of a 3x3 kernel seen by each of the two output phases after a nearest 2x upsampling: phase 0 reads inputs (i-1, i), phase 1 (i, i+1).
+# Row taps of a 3x3 kernel that each of the two output phases sees after a nearest 2x upsampling: phase 0 reads inputs (i-1, i), phase 1
+# reads (i, i+1).
 _PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 
 
@@ -28,8 +29,8 @@ class Conv(nn.Module):
 
     Attributes:
       padding: pixels added (before, after) on both axes.
-      upsample: fold a nearest 2x upsampling in front of a 3x3 convolution into four 2x2 convolutions on the small map: the same values for 16/36
-        of the operations, and the upsampled map is never stored.
+      upsample: fold a nearest 2x upsampling in front of a 3x3 convolution into four 2x2 convolutions on the small map: the same values for
+        16/36 of the operations, and the upsampled map is never stored.
     """
 
     features: int
@@ -140,7 +141,7 @@ def depth_to_space(x: Array, size: int) -> Array:
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, with a skip connection; the time embedding enters between (He et al. 2016; Dhariwal & Nichol 2021).
+    """GroupNorm, SiLU, convolution, twice, with a skip connection; the time embedding enters between (Dhariwal & Nichol 2021).
 
     Attributes:
       resample: "down" (average pooling) or "up" (nearest) inside the block, as ADM's resblock_updown; None keeps the size.

@@ -63,9 +63,9 @@ class UNet(nn.Module):
         vector: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """x [B,h,w,C], t float [B] (already in the embedding's units), conditioning as in `ldm_jax.conditioning`; returns [B,h,w,out_channels].
+        """x [B,h,w,C] and t float [B] (in the embedding's units) to [B,h,w,out_channels].
 
-        h and w must be divisible by 2**(levels - 1). The result is in at least float32.
+        crossattn [B,L,D] is attended to, concat [B,h,w,C'] joins x, vector [B,D] joins the time embedding. h and w must be divisible by 2**(levels - 1). The result is in at least float32.
         """
         emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_0")(
             timestep_embedding(t, self.channels).astype(self.dtype)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ldm_jax.config import UserError
 from ldm_jax.data.pipeline import Batches, stack
 from ldm_jax.data.sources import Source
-from ldm_jax.latent_diffusion import FirstStage, build_autoencoder, compute_dtype, init_autoencoder, to_float, to_uint8
+from ldm_jax.latent_diffusion import FirstStage, apply, build_autoencoder, compute_dtype, init_autoencoder, to_float, to_uint8
 from ldm_jax.nn.autoencoder import kl_divergence
 from ldm_jax.nn.discriminator import PatchDiscriminator
 from ldm_jax.training import optimizer
@@ -35,8 +35,8 @@ _LAST = "conv_out"  # the decoder's last convolution, at which the two losses ar
 class AutoencoderStage:
     """Stage 1 as the loop takes it: `init`, `update`, `preview`.
 
-    A batch is `image` uint8 [B,H,W,3] and, with accumulation, is cut after its random draws. The discriminator exists from the first step on, but
-    acts and learns only from `disc_start` on: `phase` tells the loop which of the two programs a step runs.
+    A batch is `image` uint8 [B,H,W,3] and, with accumulation, is cut after its random draws. The discriminator exists from the first step
+    on, but acts and learns only from `disc_start` on: `phase` tells the loop which of the two programs a step runs.
     """
 
     name = "first stage"
@@ -81,10 +81,8 @@ class AutoencoderStage:
         return states.create(self._params(key), self.optimizers, ("autoencoder",), tuple(self.config.ema.decays))
 
     def batches(self, **kwargs: Any) -> Batches:
-        data = self.config.data
-        return Batches(
-            self.source, self.config.train.batch_size, self.config.seed, transform=only_images, flip=data.flip, workers=data.workers, **kwargs
-        )
+        size, seed, data = self.config.train.batch_size, self.config.seed, self.config.data
+        return Batches(self.source, size, seed, transform=only_images, flip=data.flip, workers=data.workers, **kwargs)
 
     def phase(self, step: int) -> bool:
         """Whether the discriminator acts in the update after `step` others."""
@@ -93,22 +91,21 @@ class AutoencoderStage:
     @cached_property
     def _networks(self) -> Networks:
         def forward(body: Any, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-            variables = {"params": body}
-            moments = self.network.apply(variables, images, method="moments")
+            moments = apply(self.network, body, images, method="moments")
             mean, log_var = jnp.split(moments, 2, axis=-1)
             z = mean + jnp.exp(0.5 * log_var) * noise
-            return self.network.apply(variables, z, method="features"), kl_divergence(moments), None
+            return apply(self.network, body, z, method="features"), kl_divergence(moments), None
 
         return Networks(
             forward,
-            lambda last, h: self.network.apply({"params": {_LAST: last}}, h, method="head"),
-            lambda params, images: self.discriminator.apply({"params": params}, images),
+            lambda last, h: apply(self.network, {_LAST: last}, h, method="head"),
+            lambda params, images: apply(self.discriminator, params, images),
         )
 
     def update(self, state: State, batch: Mapping[str, jax.Array], root: jax.Array, adversarial: bool) -> tuple[State, Metrics]:
         """One update of the autoencoder and, where `adversarial` (static), of the discriminator. Pure."""
         images = to_float(batch["image"], jnp.promote_types(self.dtype, jnp.float32))
-        shape = jax.eval_shape(lambda x: self.network.apply({"params": state.params["autoencoder"]}, x, method="moments"), images)
+        shape = jax.eval_shape(lambda x: apply(self.network, state.params["autoencoder"], x, method="moments"), images)
         channels = shape.shape[-1] // 2
         noise = jax.random.normal(key_for(root, "posterior", state.step), (*shape.shape[:-1], channels), shape.dtype)
         grads, metrics = self._gradients(state.params, images, noise, adversarial)

@@ -45,8 +45,8 @@ def build_loss(group: ConfigDict) -> DiffusionLoss:
 class DiffusionStage:
     """Stage 2 as the loop takes it: `init`, `update`, `preview`.
 
-    A batch holds the conditioners' arrays and `moments` [B,h,w,2c] (raw), or `image` uint8 [B,H,W,3] where nothing is cached; latents are sampled
-    from the moments anew at every step.
+    A batch holds the conditioners' arrays and `moments` [B,h,w,2c] (raw), or `image` uint8 [B,H,W,3] where nothing is cached; latents are
+    sampled from the moments anew at every step.
     """
 
     name = "denoiser"
@@ -80,10 +80,8 @@ class DiffusionStage:
         return states.create(params, self.optimizers, ("denoiser", "conditioner"), tuple(self.config.ema.decays))
 
     def batches(self, **kwargs: Any) -> Batches:
-        data = self.config.data
-        return Batches(
-            self.source, self.config.train.batch_size, self.config.seed, transform=self._transform, flip=data.flip, workers=data.workers, **kwargs
-        )
+        size, seed, data = self.config.train.batch_size, self.config.seed, self.config.data
+        return Batches(self.source, size, seed, transform=self._transform, flip=data.flip, workers=data.workers, **kwargs)
 
     def _transform(self, batch: dict[str, Any]) -> dict[str, Any]:
         latents = "moments" if "moments" in batch else "image"

@@ -37,7 +37,7 @@ class Encoder:
 
 
 def latent_statistics(encoder: Encoder, source: Source, limit: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float64 [c] each, of the raw latents' posterior samples over `limit` examples in the run's order (0: all).
+    """Mean and standard deviation, float64 [c] each, of posterior samples over `limit` examples (0: all) in the run's order.
 
     Exact over the posterior: E[z] = E[mean], Var[z] = E[mean^2 + var] - E[z]^2.
     """
@@ -69,9 +69,8 @@ def latent_scale(kind: str, mean: np.ndarray, std: np.ndarray) -> tuple[tuple[fl
 
 def fingerprint(config: ConfigDict, params: Params, source: Source) -> str:
     """What a cache of these latents is known by."""
-    return cache_fingerprint(
-        weights=weights_fingerprint(jax.device_get(params)), source=source.fingerprint(), resolution=config.data.resolution, flips=config.data.flip
-    )
+    weights = weights_fingerprint(jax.device_get(params))
+    return cache_fingerprint(weights=weights, source=source.fingerprint(), resolution=config.data.resolution, flips=config.data.flip)
 
 
 def ensure_cache(config: ConfigDict, workdir: WorkDir, encoder: Encoder, source: Source) -> LatentCache:

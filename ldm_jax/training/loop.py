@@ -11,6 +11,7 @@ The order of things in one turn, which resuming relies on:
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ldm_jax.config import UserError, WorkDir
+from ldm_jax.config import WorkDir
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.sharding.mesh import batch_sharding, check_batch, replicated, to_global
 from ldm_jax.sharding.rules import shardings
@@ -99,7 +100,10 @@ def restore_or_init(stage: Stage, mesh: Mesh, checkpoints: Checkpoints) -> tuple
 def train(stage: Stage, workdir: WorkDir, mesh: Mesh) -> State:
     """Runs a stage to its last step, from the newest checkpoint if there is one, and returns the final state, saved.
 
-    Raises: Stopped after SIGTERM or SIGINT, TrainingFailed after `train.max_nan` skipped updates in a row, UserError for a batch that does not fit.
+    Raises:
+      Stopped: after SIGTERM or SIGINT.
+      TrainingFailed: after `train.max_nan` skipped updates in a row.
+      UserError: the batch does not fit the mesh.
     """
     config = stage.config
     check_batch(config.train.batch_size, mesh, config.train.accumulation)
@@ -162,8 +166,8 @@ class _Run:
             with self._pause():
                 self._preview(state, step)
 
-    def _pause(self) -> Any:
-        return self.meter.paused() if self.meter else _nothing()
+    def _pause(self) -> AbstractContextManager[None]:
+        return self.meter.paused() if self.meter else nullcontext()
 
     def _preview(self, state: State, step: int) -> None:
         path = self.workdir.samples / f"{step:08d}.png"
@@ -206,15 +210,14 @@ class _Run:
             raise TrainingFailed(f"{in_a_row} updates in a row were not finite, up to step {step}; its batch held the examples {indices}")
 
     def _progress(self, start: int) -> Any:
-        quiet = not sys.stderr.isatty()
         return tqdm(
-            total=self.config.train.steps, initial=start, desc=self.stage.name, unit="step", mininterval=15 if quiet else 0.2, disable=jax.process_index() > 0
+            total=self.config.train.steps,
+            initial=start,
+            desc=self.stage.name,
+            unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 15,
+            disable=jax.process_index() > 0,
         )
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *error: object) -> None: ...
 
 
 def step_flops(stage: Stage, batches: Batches, state: State, phase: bool) -> int:
@@ -228,6 +231,3 @@ def step_flops(stage: Stage, batches: Batches, state: State, phase: bool) -> int
 
 def _with_phase(update: Any, phase: bool, state: State, batch: Any, root: jax.Array) -> Any:
     return update(state, batch, root, phase)
-
-
-__all__ = ["Stage", "Stopped", "TrainingFailed", "UserError", "init_state", "make_step", "restore_or_init", "step_flops", "train"]

@@ -39,7 +39,7 @@ class MetricWriter:
     """Appends {"step": n, "time": unix seconds, name: value, ...} to `workdir`/metrics.jsonl, and the same to TensorBoard events.
 
     Values may be arrays on a device: they are fetched at the next `write` (or `flush`), while the device works on the next step, so
-    that the loop never waits for it. A value that is not finite is null in the file, as JSON has no NaN. Only process 0 writes.
+    that the loop never waits for it. A value that is not finite is null in the file, as JSON has no NaN, and left out of the events. Only process 0 writes.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], restored_step: int = 0) -> None:
@@ -98,8 +98,9 @@ class MetricWriter:
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(when, 3), **record}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step, walltime=when)
+        for name, value in record.items():
+            if value is not None:
+                self._events.add_scalar(name, value, step, walltime=when)
 
 
 # Dense bf16 operations a second of one chip, by the vendors' data sheets; the first pattern found in `device_kind` decides.

@@ -33,9 +33,14 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
     return canvas
 
 
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def save_grid(path: Any, images: np.ndarray, columns: int, captions: Sequence[str] | None = None) -> None:
     """Writes the grid as a PNG, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    grid(images, columns, captions).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, png_bytes(grid(images, columns, captions)))

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -43,7 +44,12 @@ def cast(params: Tree, dtype: Any) -> Tree:
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), params)
 
 
-def create(params: dict[str, Tree], optimizers: dict[str, optax.GradientTransformation], averaged: tuple[str, ...], decays: tuple[float, ...]) -> State:
+def create(
+    params: dict[str, Tree],
+    optimizers: dict[str, optax.GradientTransformation],
+    averaged: tuple[str, ...],
+    decays: tuple[float, ...],
+) -> State:
     """A fresh state. `optimizers` maps an optimiser's name to its transformation of `params[name]`, or of all of them under "all"."""
     counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_a_row")}
     opt = {name: tx.init(params if name == "all" else params[name]) for name, tx in optimizers.items()}
@@ -70,18 +76,18 @@ def apply_updates(
             params[name] = optax.apply_updates(state.params[name], updates)
     step = state.step + 1
     averaged = {name: params[name] for name in next(iter(state.ema.values()))}
-    moved = state.replace(params=params, opt=opt, ema=ema.update(state.ema, averaged, step, decays))
+    moved = replace(state, params=params, opt=opt, ema=ema.update(state.ema, averaged, step, decays))
     kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), moved, state)
     bad = (~fine).astype(jnp.int32)
-    state = kept.replace(step=step, skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + 1) * bad)
+    state = replace(kept, step=step, skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + 1) * bad)
     metrics = {"gradient_norm": norm, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
     return state, metrics
 
 
 def accumulate(fn: Callable[[Tree], Tree], batch: Tree, parts: int) -> Tree:
-    """The mean of `fn` over `parts` micro-batches of equal size, by a scan; every leaf of `batch` has the leading dimension of the global batch.
+    """The mean of `fn` over `parts` micro-batches of equal size, by a scan.
 
-    Micro-batches take every `parts`-th example: cutting a sharded axis that way needs no communication.
+    Every leaf of `batch` has the leading dimension of the global batch. Micro-batches take every `parts`-th example: cutting a sharded axis that way needs no communication.
     """
     if parts == 1:
         return fn(batch)
