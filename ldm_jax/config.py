@@ -207,9 +207,8 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     group = config
     for depth, part in enumerate([*groups, name]):
         if not isinstance(group, ConfigDict) or part not in group:
-            fields = sorted(field_paths(config))
-            near = difflib.get_close_matches(path, fields, 1, 0.5) or difflib.get_close_matches(".".join(path.split(".")[: depth + 1]), fields, 1, 0)
-            raise UserError(f"unknown configuration field {path!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+            nearest = difflib.get_close_matches(path, sorted(field_paths(config)), n=1, cutoff=0)[0]
+            raise UserError(f"unknown configuration field {path!r}; the nearest is {nearest!r}")
         group = group[part] if depth < len(groups) else group
     old = group[name]
     if isinstance(old, ConfigDict):
@@ -239,7 +238,7 @@ def _parse(path: str, text: str, old: Any) -> Any:
 
 def field_paths(config: ConfigDict, prefix: str = "") -> list[str]:
     """Dotted names of all fields."""
-    paths = []
+    paths: list[str] = []
     for name, value in config.items():
         paths += field_paths(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
     return paths

@@ -5,7 +5,7 @@ A torch file (`torch.save`, since 1.6) is a zip archive: `<name>/data.pkl` is a 
 magic number, a version, the machine's word sizes, the object, the keys of its storages) followed by the storages' bytes; torchvision's VGG16
 and the LPIPS heads are still kept that way.
 
-Pickles can call any function, so this reader knows the few names that a state dict needs, replaces them by functions of its own, and refuses
+Pickles can call any function, so this reader knows the few names that a state dict needs, replaces them by its own functions, and refuses
 the rest: nothing of the file is run.
 """
 

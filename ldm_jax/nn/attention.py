@@ -30,7 +30,7 @@ def attention(q: Array, k: Array, v: Array) -> Array:
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention from x [B,T,C] to context [B,S,D] (to x itself where it is None); returns [B,T,C]. Only the output has a bias."""
+    """Multi-head attention from x [B,T,C] to context [B,S,D] (None: to x itself); returns [B,T,C]. Only the output has a bias."""
 
     num_heads: int
     head_dim: int

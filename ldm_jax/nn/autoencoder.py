@@ -88,7 +88,7 @@ class KLAutoencoder(nn.Module):
       num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
       attention_levels: downsampling factors with attention, besides the middle (`mid_attention`).
       z_channels, latent_channels: channels inside, and of the latent (`embed_dim` of the released configurations).
-      patch_size: pixels folded into channels before the first convolution; 1 in the paper, 4 makes small models several times faster on a CPU.
+      patch_size: pixels folded into channels before the first convolution; 1 in the paper, 4 makes small models much faster on a CPU.
     """
 
     channels: int = 128

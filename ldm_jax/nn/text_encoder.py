@@ -10,7 +10,9 @@ _embedding = nn.initializers.normal(0.02)
 
 
 class TextTransformer(nn.Module):
-    """Token ids int32 [B,L] to embeddings [B,L,width]: pre-norm transformer, learned positions, final norm; no padding mask, as in the paper.
+    """Token ids int32 [B,L] to embeddings [B,L,width]: pre-norm transformer with learned positions and a final norm.
+
+    As in the paper there is no padding mask.
 
     Attributes:
       vocab_size, max_length: sizes of the token and position tables.

@@ -65,7 +65,8 @@ class UNet(nn.Module):
     ) -> Array:
         """x [B,h,w,C] and t float [B] (in the embedding's units) to [B,h,w,out_channels].
 
-        crossattn [B,L,D] is attended to, concat [B,h,w,C'] joins x, vector [B,D] joins the time embedding. h and w must be divisible by 2**(levels - 1). The result is in at least float32.
+        crossattn [B,L,D] is attended to, concat [B,h,w,C'] joins x, vector [B,D] joins the time embedding. h and w must be divisible by
+        2**(levels - 1). The result is in at least float32.
         """
         emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_0")(
             timestep_embedding(t, self.channels).astype(self.dtype)

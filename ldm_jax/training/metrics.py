@@ -39,7 +39,8 @@ class MetricWriter:
     """Appends {"step": n, "time": unix seconds, name: value, ...} to `workdir`/metrics.jsonl, and the same to TensorBoard events.
 
     Values may be arrays on a device: they are fetched at the next `write` (or `flush`), while the device works on the next step, so
-    that the loop never waits for it. A value that is not finite is null in the file, as JSON has no NaN, and left out of the events. Only process 0 writes.
+    that the loop never waits for it. A value that is not finite is null in the file, as JSON has no NaN, and left out of the events.
+    Only process 0 writes.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], restored_step: int = 0) -> None:

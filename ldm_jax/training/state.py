@@ -87,7 +87,8 @@ def apply_updates(
 def accumulate(fn: Callable[[Tree], Tree], batch: Tree, parts: int) -> Tree:
     """The mean of `fn` over `parts` micro-batches of equal size, by a scan.
 
-    Every leaf of `batch` has the leading dimension of the global batch. Micro-batches take every `parts`-th example: cutting a sharded axis that way needs no communication.
+    Every leaf of `batch` has the leading dimension of the global batch. Micro-batches take every `parts`-th example: cutting a sharded axis
+    that way needs no communication.
     """
     if parts == 1:
         return fn(batch)

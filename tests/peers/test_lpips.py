@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from ldm_jax.interop.torch_file import load_state_dict
 from ldm_jax.nn.lpips import lpips, params_from_state_dict
 
 pytestmark = pytest.mark.peers
-torch = pytest.importorskip("torch")
 
 
 def _stand_in_for_torchvision() -> types.ModuleType:
@@ -49,7 +49,7 @@ def peer() -> Any:
             package = _stand_in_for_torchvision()
             patch.setitem(sys.modules, "torchvision", package)
             patch.setitem(sys.modules, "torchvision.models", package.models)
-        package = pytest.importorskip("lpips")
+        import lpips as package
         torch.manual_seed(0)
         return package.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
 

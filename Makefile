@@ -1,0 +1,48 @@
+# make txt2img | test | test-slow | test-peers | lint, each in a virtual environment that it makes itself.
+PYTHON ?= python3
+ACCELERATOR ?= cpu
+WORKDIR ?= runs/txt2img
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRA_cuda := jax[cuda13]
+EXTRA_tpu := jax[tpu]
+EXTRA_cpu := jax
+
+.PHONY: txt2img test test-slow test-peers lint clean
+
+txt2img: $(VENV)/.$(ACCELERATOR)
+	$(BIN)/python -m ldm_jax.train --config configs/txt2img.py --workdir $(WORKDIR)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not peers"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow and not peers"
+
+test-peers: $(VENV)/.peers
+	$(BIN)/python -m pytest -m peers
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.$(ACCELERATOR): requirements.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -r requirements.txt "$(EXTRA_$(ACCELERATOR))"
+	touch $@
+
+$(VENV)/.dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+# torch is pinned, so that no peer pulls a build with several gigabytes of CUDA.
+$(VENV)/.peers: $(VENV)/.dev tests/peers/constraints.txt
+	$(BIN)/pip install --quiet -c tests/peers/constraints.txt torch numpy
+	$(BIN)/pip install --quiet --no-deps -c tests/peers/constraints.txt lpips
+	touch $@
+
+clean:
+	rm -rf $(VENV)
