@@ -179,7 +179,7 @@ def base() -> ConfigDict:
             "checkpoint": {"every": 1000, "keep": 2},
             "mesh": {"data": -1, "fsdp": 1},  # -1: the remaining devices
         }
-    )
+    ).lock()
 
 
 def load_file(spec: str) -> ConfigDict:
@@ -256,14 +256,17 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_flat(values: dict[str, Any]) -> ConfigDict:
-    """The inverse of `flat`, for a configuration of this version's fields."""
+    """The inverse of `flat`. Raises UserError for fields that this version does not have."""
     config = base()
     for path, value in values.items():
         *groups, name = path.split(".")
         group = config
-        for part in groups:
-            group = group[part]
-        group[name] = tuple(value) if isinstance(value, list) else value
+        try:
+            for part in groups:
+                group = group[part]
+            group[name] = tuple(value) if isinstance(value, list) else value
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"the stored configuration is of another version: it has the field {path} = {value!r}") from error
     return config
 
 

@@ -22,10 +22,10 @@ def config(width: int = 8) -> ConfigDict:
     first.discriminator.update(features=8, num_layers=1, norm="group")
     first.optimizer.update(kind="adam", learning_rate=2e-4, warmup=2, weight_decay=0.0, clip_norm=0.0)
     first.ema.decays = (0.9,)
-    cfg.denoiser.update(channels=width, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(2,), head_channels=8)
+    cfg.denoiser.update(channels=width, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), head_channels=8)
     cfg.conditioning.text.update(vocab_size=300, max_length=8, width=16, depth=1, num_heads=2, head_dim=8, drop_rate=0.3)
     cfg.optimizer.update(learning_rate=2e-4, warmup=2)
-    cfg.ema.decays = (0.9, 0.99)
+    cfg.ema.decays = (0.9,)
     for train in (cfg.train, first.train):
         train.update(steps=10, batch_size=16, log_every=1, dtype="float32")
     cfg.sample.update(every=100, steps=2, batch_size=8)

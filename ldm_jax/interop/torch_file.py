@@ -1,9 +1,9 @@
 """Weights from torch, safetensors and numpy files as numpy arrays, without torch.
 
 A torch file (`torch.save`, since 1.6) is a zip archive: `<name>/data.pkl` is a pickle of the object, in which each tensor is a call of
-`torch._utils._rebuild_tensor_v2` on a storage, and `<name>/data/<key>` holds the bytes of a storage. Before 1.6 it was a row of pickles (a
-magic number, a version, the machine's word sizes, the object, the keys of its storages) followed by the storages' bytes; torchvision's VGG16
-and the LPIPS heads are still kept that way.
+`torch._utils._rebuild_tensor_v2` on a storage, and `<name>/data/<key>` holds the bytes of a storage. Before 1.6 it was a row of pickles
+(a magic number, a version, the machine's word sizes, the object, the keys of its storages) followed by the storages' bytes; torchvision's
+VGG16 and the LPIPS heads are still kept that way.
 
 Pickles can call any function, so this reader knows the few names that a state dict needs, replaces them by its own functions, and refuses
 the rest: nothing of the file is run.

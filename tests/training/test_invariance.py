@@ -1,5 +1,6 @@
 """Ten updates do not depend on the number of devices, on how the parameters are split, or on how a batch is accumulated."""
 
+from collections.abc import Iterator
 from functools import cache
 from unittest import mock
 
@@ -18,6 +19,15 @@ LOSSES = {
     "moments": ("loss", "gradient_norm"),
     "images": ("loss", "gradient_norm"),
 }
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 4, 1), "accumulated": (1, 1, 4), "mixed-accumulated": (2, 2, 4)}
+FAST = ("mixed", "accumulated")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @cache
@@ -58,22 +68,19 @@ def assert_equal_runs(kind: str, dtype: str, run: tuple, other: tuple) -> None:
         assert (difference.max() if dtype == "float64" else difference.mean()) < tolerance
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (1, 8), (2, 4)], ids=["data", "fsdp", "mixed"])
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("kind", ["autoencoder", "moments"])
-def test_eight_devices_equal_one(kind: str, dtype: str, mesh: tuple[int, int]) -> None:
-    assert_equal_runs(kind, dtype, ten_updates(kind, dtype, 1, 1), ten_updates(kind, dtype, *mesh))
+RUNS = [  # of one device in one piece, by: kind, dtype, data, fsdp, accumulation
+    pytest.param(kind, dtype, *run, id=f"{kind}-{dtype}-{name}", marks=() if dtype == "float64" and name in FAST else pytest.mark.slow)
+    for kind in ("autoencoder", "moments")
+    for dtype in ("float64", "float32")
+    for name, run in MESHES.items()
+]
 
 
-def test_eight_devices_equal_one_when_encoding_in_every_step() -> None:
+@pytest.mark.parametrize(("kind", "dtype", "data", "fsdp", "accumulation"), RUNS)
+def test_ten_updates_equal_those_of_one_device_in_one_piece(kind: str, dtype: str, data: int, fsdp: int, accumulation: int) -> None:
+    assert_equal_runs(kind, dtype, ten_updates(kind, dtype, 1, 1), ten_updates(kind, dtype, data, fsdp, accumulation))
+
+
+@pytest.mark.slow
+def test_encoding_in_every_step_too() -> None:
     assert_equal_runs("images", "float64", ten_updates("images", "float64", 1, 1), ten_updates("images", "float64", 2, 4))
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("kind", ["autoencoder", "moments"])
-def test_four_micro_batches_equal_one(kind: str, dtype: str) -> None:
-    assert_equal_runs(kind, dtype, ten_updates(kind, dtype, 1, 1), ten_updates(kind, dtype, 1, 1, accumulation=4))
-
-
-def test_micro_batches_on_a_mesh() -> None:
-    assert_equal_runs("moments", "float64", ten_updates("moments", "float64", 1, 1), ten_updates("moments", "float64", 2, 2, accumulation=4))
