@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable
 
@@ -31,13 +30,12 @@ def config_parser(description: str) -> Parser:
 
 
 def start(
-    workdir: str | None = None,
     dtype: str = "auto",
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Sets the process up before anything touches a device: logging, cluster, compilation cache, float64 where asked for."""
+    """Sets the process up before anything touches a device: logging, cluster, float64 where asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     import jax
@@ -47,8 +45,6 @@ def start(
     initialize(coordinator, num_processes, process_id)
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    if workdir is not None and "://" not in workdir:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "compilation_cache"))
 
 
 def guarded(main: Callable[[], int]) -> None:

@@ -8,8 +8,10 @@ import ast
 import difflib
 import importlib.util
 import json
+import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +198,22 @@ def load_file(spec: str) -> ConfigDict:
         if not hasattr(module, "get_config"):
             raise UserError(f"{path} has no get_config(preset)")
         config = module.get_config(preset) if preset else module.get_config()
-    except (AttributeError, KeyError, TypeError) as error:  # a locked ConfigDict names the field and the nearest one
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    except (AttributeError, KeyError, TypeError, SyntaxError, ImportError) as error:  # a ConfigDict's own errors name the field
+        reason = " ".join(str(error).split()).partition(". Other fields present")[0].lstrip("'")  # a KeyError's text is quoted
+        raise UserError(f"{path}: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config gives {type(config).__name__}, not a ConfigDict")
+    given, known = field_paths(config), field_paths(base())
+    if extra := [name for name in given if name not in known]:
+        raise UserError(f"{path}: {_unknown(extra[0], base())}")
+    if missing := [name for name in known if name not in given]:
+        raise UserError(f"{path}: the fields {', '.join(missing)} are missing; start from ldm_jax.config.base()")
     return config.lock()
+
+
+def _unknown(path: str, config: ConfigDict) -> str:
+    nearest = difflib.get_close_matches(path, sorted(field_paths(config)), n=1, cutoff=0)[0]
+    return f"unknown configuration field {path!r}; the nearest is {nearest!r}"
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:
@@ -207,8 +222,7 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     group = config
     for depth, part in enumerate([*groups, name]):
         if not isinstance(group, ConfigDict) or part not in group:
-            nearest = difflib.get_close_matches(path, sorted(field_paths(config)), n=1, cutoff=0)[0]
-            raise UserError(f"unknown configuration field {path!r}; the nearest is {nearest!r}")
+            raise UserError(_unknown(path, config))
         group = group[part] if depth < len(groups) else group
     old = group[name]
     if isinstance(old, ConfigDict):
@@ -216,24 +230,34 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     group[name] = _parse(path, text, old)
 
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def _parse(path: str, text: str, old: Any) -> Any:
-    if path.endswith("latent_scale"):  # the one field that takes a word or a number
-        return text
+    """The value that `text` means for a field whose value was `old`."""
     if isinstance(old, str):
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(old, bool) and isinstance(value, bool):
-        return value
-    if isinstance(old, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(old, int) and not isinstance(old, bool) and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(old, tuple):
-        return tuple(value) if isinstance(value, tuple | list) else (value,)
-    raise UserError(f"{path} takes {'true or false' if isinstance(old, bool) else 'a value of type ' + type(old).__name__}, not {text!r}")
+    if not isinstance(old, tuple):
+        parsed = _as_kind(value, type(old))
+        if parsed is None:
+            raise UserError(f"{path} takes {_KINDS[type(old)]}, not {text!r}")
+        return parsed
+    kind = type(old[0]) if old else str if path == "sample.prompts" else int
+    values = [_as_kind(element, kind) for element in (value if isinstance(value, tuple | list) else (value,))]
+    if None in values:
+        raise UserError(f"{path} takes a tuple, each element {_KINDS[kind]}, not {text!r}")
+    return tuple(values)
+
+
+def _as_kind(value: Any, kind: type) -> Any:
+    """The value as that type where this changes nothing, else None."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    return value if type(value) is kind else None
 
 
 def field_paths(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -288,28 +312,55 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"task {config.task!r} is not one of {', '.join(TASKS)}")
     stages = {"": config} if config.task == "autoencoder" or config.first_stage.path else {"": config, "first_stage.": config.first_stage}
     for prefix, group in stages.items():
-        for name in ("steps", "batch_size", "accumulation", "max_nan", "log_every"):
-            if group.train[name] < 1:
-                raise UserError(f"{prefix}train.{name} must be at least 1, not {group.train[name]}")
+        _check_positive(group.train, f"{prefix}train.", ("steps", "batch_size", "accumulation", "max_nan", "log_every"))
+        if not 0 <= group.optimizer.learning_rate < math.inf:
+            raise UserError(f"{prefix}optimizer.learning_rate must be a finite number from 0 up, not {group.optimizer.learning_rate}")
         if group.train.dtype not in ("auto", "bfloat16", "float32", "float64"):
             raise UserError(f"{prefix}train.dtype {group.train.dtype!r} is not one of auto, bfloat16, float32, float64")
         if not group.ema.decays or any(not 0 < d < 1 for d in group.ema.decays):
             raise UserError(f"{prefix}ema.decays must be numbers between 0 and 1, not {group.ema.decays}")
         if group.optimizer.warmup > group.train.steps:
             raise UserError(f"{prefix}optimizer.warmup ({group.optimizer.warmup}) is longer than {prefix}train.steps ({group.train.steps})")
+    for name, fields in _POSITIVE.items():
+        _check_positive(config[name], f"{name}.", fields)
+    text = config.conditioning.text
+    _check_positive(text, "conditioning.text.", ("vocab_size", "max_length", "width", "depth", "num_heads", "head_dim"))
+    shares = {"conditioning.text.drop_rate": text.drop_rate, "denoiser.dropout": config.denoiser.dropout}
+    for name, share in {**shares, "first_stage.dropout": config.first_stage.dropout}.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"{name} is a share in [0, 1], not {share}")
     scale = config.first_stage.latent_scale
-    if scale not in ("std", "channel") and not _is_number(scale):
-        raise UserError(f"first_stage.latent_scale {scale!r} is not std, channel or a number")
-    factor = config.first_stage.patch_size * 2 ** (len(config.first_stage.channel_mult) - 1)
+    if scale not in ("std", "channel") and not _is_positive_number(scale):
+        raise UserError(f"first_stage.latent_scale {scale!r} is not std, channel or a positive number")
+    if config.task == "autoencoder" or not config.first_stage.path:
+        check_resolution(config, config.first_stage.patch_size * 2 ** (len(config.first_stage.channel_mult) - 1))
+
+
+_POSITIVE = {
+    "data": ("resolution", "size", "workers"),
+    "sample": ("every", "steps", "batch_size"),
+    "evaluate": ("prompts", "guidance_prompts"),
+    "checkpoint": ("every", "keep"),
+}
+
+
+def _check_positive(group: ConfigDict, prefix: str, names: Sequence[str]) -> None:
+    for name in names:
+        if group[name] < 1:
+            raise UserError(f"{prefix}{name} must be at least 1, not {group[name]}")
+
+
+def check_resolution(config: ConfigDict, factor: int) -> None:
+    """Raises UserError where the pictures do not go through an autoencoder of this factor, or its latents through the denoiser."""
     if config.data.resolution % factor:
         raise UserError(f"data.resolution {config.data.resolution} is not divisible by the autoencoder's factor {factor}")
-    size = config.data.resolution // factor
-    if config.task == "diffusion" and size % 2 ** (len(config.denoiser.channel_mult) - 1):
-        raise UserError(f"latents of {size}x{size} cannot be halved {len(config.denoiser.channel_mult) - 1} times by the denoiser")
+    size, halvings = config.data.resolution // factor, len(config.denoiser.channel_mult) - 1
+    if config.task == "diffusion" and size % 2**halvings:
+        raise UserError(f"latents of {size}x{size} cannot be halved {halvings} times by the denoiser; change data.resolution")
 
 
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", str(text)) is not None
+def _is_positive_number(text: str) -> bool:
+    return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None and 0 < float(text) < math.inf
 
 
 def first_stage_run(config: ConfigDict) -> ConfigDict:
@@ -383,6 +434,16 @@ class WorkDir:
         """Whether the run has ended and left its model: `model.json` is written last."""
         return (self.model / "model.json").exists()
 
+    def stored(self) -> dict[str, Any]:
+        """The run's configuration, flat. Raises UserError where config.json is damaged or another program's."""
+        try:
+            content = json.loads(self.config.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.config}: {error}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+            raise UserError(f"{self.config} holds no configuration of a run: {self.path} is no work directory")
+        return content["config"]
+
     def claim(self, config: ConfigDict, command: list[str], versions: dict[str, str]) -> None:
         """Creates the directory and its config.json, or checks that it belongs to the same run. Raises UserError."""
         try:
@@ -390,5 +451,5 @@ class WorkDir:
         except OSError as error:
             raise UserError(f"cannot create the work directory {self.path}: {error.strerror or error}") from error
         if self.config.exists():
-            check_same_run(json.loads(self.config.read_text())["config"], config, str(self.path))
+            check_same_run(self.stored(), config, str(self.path))
         write_json(self.config, {"config": flat(config), "command": command, "versions": versions})

@@ -8,7 +8,7 @@ def main() -> int:
     from ldm_jax import config as configs
 
     config = configs.from_command(args.config, overrides)
-    cli.start(args.workdir, config.train.dtype, args.coordinator, args.num_processes, args.process_id)
+    cli.start(config.train.dtype, args.coordinator, args.num_processes, args.process_id)
     from ldm_jax.training.run import encode
 
     print(f"latents: {encode(config, configs.WorkDir(args.workdir)).directory}")

@@ -267,6 +267,9 @@ class LatentDiffusion:
         Raises: UserError for inputs that do not go together.
         """
         denoiser = self._needs_denoiser()
+        for name, value in (("num", num), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
         defaults = self.info["sample"]
         settings = _sampler_settings(defaults, steps, sampler, eta, spacing)
         prompts = self._prompts(prompts, num, negative)

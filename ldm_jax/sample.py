@@ -44,8 +44,6 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str] | None:
 def main() -> int:
     args = parser().parse_args()
     prompts = read_prompts(args.prompt, args.prompts_file)
-    if args.num is not None and args.num < 1:
-        raise UserError(f"--num must be at least 1, not {args.num}")
     cli.start()
     from etils import epath
     from PIL import Image
@@ -57,7 +55,10 @@ def main() -> int:
     names = ("num", "steps", "guidance", "sampler", "seed", "negative", "eta", "spacing", "batch_size")
     images = model.sample(prompts=prompts, **{name: getattr(args, name) for name in names})
     output = epath.Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {output}: {error.strerror or error}") from error
     for i, image in enumerate(images):
         write_bytes(output / f"{i:05d}.png", png_bytes(Image.fromarray(image)))
     captions = None if prompts is None else prompts * len(images) if len(prompts) == 1 else prompts

@@ -1,5 +1,9 @@
 """Small settings and sources that several tests build their stages from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -33,6 +37,14 @@ def config(width: int = 8) -> ConfigDict:
     return cfg
 
 
+@contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Programs that compile in a fraction of the time and run slower: for networks that run a few times only."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 class Pictures:
     """Random captioned pictures, uint8 [16,16,3]."""
 
@@ -64,10 +76,9 @@ def tokenizer(cfg: ConfigDict) -> Tokenizer:
 
 def first_stage(cfg: ConfigDict, seed: int = 1) -> tuple[FirstStage, dict]:
     """An untrained first stage with a shift and a scale, and its parameters."""
-    import jax
-
     network = build_autoencoder(cfg.first_stage.to_dict(), jax.numpy.dtype(cfg.train.dtype).type)
-    return FirstStage(network, (0.1,), (0.7,)), jax.jit(lambda key: init_autoencoder(network, key, cfg.data.resolution))(jax.random.key(seed))
+    params = jax.jit(lambda key: init_autoencoder(network, key, cfg.data.resolution))(jax.random.key(seed))
+    return FirstStage(network, (0.1,), (0.7,)), params
 
 
 def autoencoder_stage(cfg: ConfigDict) -> AutoencoderStage:

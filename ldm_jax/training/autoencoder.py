@@ -54,7 +54,7 @@ class AutoencoderStage:
         except ValueError as error:
             raise UserError(f"first_stage: {error}") from error
         paths = [p for p in (group.loss.vgg, group.loss.linear) if p]
-        self.perceptual = load_lpips(*paths) if perceptual is None and paths else perceptual
+        self.frozen = load_lpips(*paths) if perceptual is None and paths else perceptual
         make = optimizer.from_config(config.optimizer, config.train.steps)
         self.optimizers = {"autoencoder": make, "discriminator": make}
         if self.discriminator.norm == "batch" and config.train.accumulation > 1:
@@ -64,7 +64,7 @@ class AutoencoderStage:
 
     def notes(self) -> Iterator[str]:
         """What a user should know before the run."""
-        if self.perceptual is None:
+        if self.frozen is None:
             yield "perceptual loss off: give first_stage.loss.vgg and first_stage.loss.linear to turn it on"
 
     def _params(self, key: jax.Array) -> dict[str, Any]:
@@ -102,35 +102,39 @@ class AutoencoderStage:
             lambda params, images: apply(self.discriminator, params, images),
         )
 
-    def update(self, state: State, batch: Mapping[str, jax.Array], root: jax.Array, adversarial: bool) -> tuple[State, Metrics]:
-        """One update of the autoencoder and, where `adversarial` (static), of the discriminator. Pure."""
+    def update(
+        self, state: State, batch: Mapping[str, jax.Array], frozen: Any, root: jax.Array, adversarial: bool
+    ) -> tuple[State, Metrics]:
+        """One update of the autoencoder and, where `adversarial` (static), of the discriminator; `frozen` are LPIPS's weights. Pure."""
         images = to_float(batch["image"], jnp.promote_types(self.dtype, jnp.float32))
         shape = jax.eval_shape(lambda x: apply(self.network, state.params["autoencoder"], x, method="moments"), images)
         channels = shape.shape[-1] // 2
         noise = jax.random.normal(key_for(root, "posterior", state.step), (*shape.shape[:-1], channels), shape.dtype)
-        grads, metrics = self._gradients(state.params, images, noise, adversarial)
+        grads, metrics = self._gradients(state.params, frozen, images, noise, adversarial)
         optimizers = self.optimizers if adversarial else {"autoencoder": self.optimizers["autoencoder"]}
         state, more = states.apply_updates(state, grads, metrics["loss/nll"], optimizers, tuple(self.config.ema.decays))
         return state, metrics | more
 
-    def _gradients(self, params: dict[str, Any], images: jax.Array, noise: jax.Array, adversarial: bool) -> tuple[dict[str, Any], Metrics]:
+    def _gradients(
+        self, params: dict[str, Any], frozen: Any, images: jax.Array, noise: jax.Array, adversarial: bool
+    ) -> tuple[dict[str, Any], Metrics]:
         body = dict(params["autoencoder"])
         split = AutoencoderParams(body, body.pop(_LAST))
         parts, fixed = self.config.train.accumulation, (self.loss, self._networks, split)
         if not adversarial:
 
             def one(part: Any) -> Any:
-                return reconstruction_gradients(*fixed, self.perceptual, *part)[:2]
+                return reconstruction_gradients(*fixed, frozen, *part)[:2]
 
             grads, metrics = states.accumulate(one, (images, noise), parts)
             return {"autoencoder": _joined(grads)}, metrics
         disc = params["discriminator"]
         if parts == 1:
-            grads, disc_grads, metrics, _ = gan_gradients(*fixed, disc, self.perceptual, images, noise)
+            grads, disc_grads, metrics, _ = gan_gradients(*fixed, disc, frozen, images, noise)
         else:
 
             def one(part: Any) -> Any:
-                return split_gan_gradients(*fixed, disc, self.perceptual, *part)[:4]
+                return split_gan_gradients(*fixed, disc, frozen, *part)[:4]
 
             rec, gan, disc_grads, metrics = states.accumulate(one, (images, noise), parts)
             grads, weight = combine(self.loss, rec, gan)

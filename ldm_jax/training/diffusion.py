@@ -14,7 +14,8 @@ from ldm_jax.data.latents import LatentCache
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.data.sources import Source
 from ldm_jax.diffusion.losses import DiffusionLoss, TimeSampling, bucketed, noised, per_example, sample_times
-from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, timesteps
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
 from ldm_jax.latent_diffusion import (
     Denoiser,
     FirstStage,
@@ -56,13 +57,14 @@ class DiffusionStage:
     ) -> None:
         self.config, self.source = config, source
         self.first_stage, self.first_stage_params = first_stage, first_stage_params
+        self.frozen = {} if config.data.cache else first_stage_params
         self.dtype = compute_dtype(config.train.dtype)
         group = config.conditioning.to_dict()
         conditioning = build_conditioning(group, tokenizer, self.dtype)
         channels = first_stage.network.latent_channels
         self.denoiser: Denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, channels, self.dtype)
         self.loss = build_loss(config.diffusion)
-        self.sampler = _sampler(config.sample, self.denoiser)
+        self.sampler = build_sampler(config.sample, self.denoiser.process, self.denoiser.prediction)
         size = config.data.resolution // first_stage.network.factor
         self.latent_shape = (size, size, channels)
         self.optimizers = {"all": optimizer.from_config(config.optimizer, config.train.steps)}
@@ -91,9 +93,11 @@ class DiffusionStage:
         """One program serves all steps."""
         return False
 
-    def update(self, state: State, batch: Mapping[str, jax.Array], root: jax.Array, phase: bool) -> tuple[State, Metrics]:
-        """One update of denoiser and conditioners. Pure."""
-        draws = self._draw(state.step, batch, root)
+    def update(
+        self, state: State, batch: Mapping[str, jax.Array], frozen: Params, root: jax.Array, phase: bool
+    ) -> tuple[State, Metrics]:
+        """One update of denoiser and conditioners; `frozen` is the first stage where it encodes in every step. Pure."""
+        draws = self._draw(state.step, batch, frozen, root)
         arrays = {k: v for k, v in batch.items() if k not in ("moments", "image")}
         arrays = self.denoiser.conditioning.drop(arrays, key_for(root, "drop", state.step))
         dropout = key_for(root, "dropout", state.step) if self.config.denoiser.dropout else None
@@ -116,14 +120,16 @@ class DiffusionStage:
         by_time = buckets["sums"] / buckets["counts"]
         return state, metrics | {"loss": value} | {f"loss/t{i}": by_time[i] for i in range(TIME_BUCKETS)}
 
-    def _draw(self, step: jax.Array, batch: Mapping[str, jax.Array], root: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _draw(
+        self, step: jax.Array, batch: Mapping[str, jax.Array], frozen: Params, root: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(x_0, eps, t) of the global batch."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         if "moments" in batch:
             moments = batch["moments"].astype(wide)
         else:
             images = to_float(batch["image"], wide)
-            moments = jax.lax.stop_gradient(self.first_stage.moments(self.first_stage_params, images)).astype(wide)
+            moments = jax.lax.stop_gradient(self.first_stage.moments(frozen, images)).astype(wide)
         x0 = self.first_stage.latents(moments, key_for(root, "posterior", step))
         eps = jax.random.normal(key_for(root, "noise", step), x0.shape, wide)
         t = sample_times(self.loss.times, self.denoiser.process, key_for(root, "time", step), x0.shape[0])
@@ -154,11 +160,12 @@ class DiffusionStage:
         return LatentDiffusion(self.first_stage, self.denoiser, {"first_stage": self.first_stage_params, **params}, info)
 
 
-def _sampler(group: ConfigDict, denoiser: Denoiser) -> SamplerSettings:
-    """The settings of a `sample` group, checked against the process. Raises UserError."""
+def build_sampler(group: ConfigDict, process: Process, prediction: str) -> SamplerSettings:
+    """The settings of a `sample` group, checked against process and prediction by a trace. Raises UserError."""
     try:
         settings = SamplerSettings(group.sampler, group.steps, group.eta, group.spacing)
-        timesteps(denoiser.process, settings)
+        noise = jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)
+        jax.eval_shape(lambda x: sample(lambda x_t, t: x_t, process, prediction, settings, x, image_keys(0, jnp.arange(1))), noise)
     except ValueError as error:
         raise UserError(f"sample: {error}") from error
     return settings

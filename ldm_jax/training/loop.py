@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -42,9 +41,12 @@ class Stage(Protocol):
     name: str
     config: ConfigDict
     dtype: Any
+    frozen: Any  # arrays that the update reads and that never change; an argument, as captured they would be copied into the program
 
     def init(self, key: jax.Array) -> State: ...
-    def update(self, state: State, batch: Mapping[str, jax.Array], root: jax.Array, phase: bool) -> tuple[State, Metrics]: ...
+    def update(
+        self, state: State, batch: Mapping[str, jax.Array], frozen: Any, root: jax.Array, phase: bool
+    ) -> tuple[State, Metrics]: ...
     def phase(self, step: int) -> bool:
         """Which of the programs of `update` runs after `step` updates; static."""
         ...
@@ -74,13 +76,16 @@ def abstract_state(stage: Stage, mesh: Mesh) -> State:
 def make_step(stage: Stage, mesh: Mesh, state: State) -> Callable[..., tuple[State, Metrics]]:
     """`step(state, batch, root, phase) -> (state, metrics)`: jitted, sharded over the mesh, its state donated."""
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(
+    whole = replicated(mesh)
+    update = jax.jit(
         stage.update,
-        static_argnums=3,
-        in_shardings=(placement, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(placement, replicated(mesh)),
+        static_argnums=4,
+        in_shardings=(placement, batch_sharding(mesh), whole, whole),
+        out_shardings=(placement, whole),
         donate_argnums=0,
     )
+    frozen = jax.device_put(stage.frozen, whole)
+    return lambda state, batch, root, phase: update(state, batch, frozen, root, phase)
 
 
 def init_state(stage: Stage, mesh: Mesh) -> State:
@@ -226,8 +231,4 @@ def step_flops(stage: Stage, batches: Batches, state: State, phase: bool) -> int
     example = batches.batch(0)
     batch = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in example.items() if isinstance(v, np.ndarray)}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    return count_flops(partial(_with_phase, stage.update, phase), abstract, batch, jax.random.key(0))
-
-
-def _with_phase(update: Any, phase: bool, state: State, batch: Any, root: jax.Array) -> Any:
-    return update(state, batch, root, phase)
+    return count_flops(lambda s, b, f, r: stage.update(s, b, f, r, phase), abstract, batch, stage.frozen, jax.random.key(0))

@@ -1,6 +1,5 @@
 """A whole run: first stage, latents, denoiser, table and model, each skipped where it is already complete."""
 
-import json
 import logging
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldm_jax import config as configs
+from ldm_jax.conditioning.conditioner import Conditioning
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.latents import LatentCache
@@ -19,12 +19,20 @@ from ldm_jax.data.pipeline import stack
 from ldm_jax.data.sources import Source, make_source
 from ldm_jax.evaluation.oracle import format_table, score_table
 from ldm_jax.evaluation.prompt_accuracy import choose_guidance, prompt_accuracy
-from ldm_jax.latent_diffusion import FirstStage, LatentDiffusion, Params, compute_dtype, load_first_stage
+from ldm_jax.latent_diffusion import (
+    FirstStage,
+    LatentDiffusion,
+    Params,
+    build_autoencoder,
+    build_denoiser,
+    compute_dtype,
+    load_first_stage,
+)
 from ldm_jax.sharding.mesh import check_batch, make_mesh
-from ldm_jax.training import loop
+from ldm_jax.training import loop, optimizer
 from ldm_jax.training.autoencoder import AutoencoderStage, reconstructions
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.diffusion import DiffusionStage, build_loss, caption
+from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampler, caption
 from ldm_jax.training.encode import Encoder, ensure_cache, latent_scale, latent_statistics
 
 logger = logging.getLogger(__name__)
@@ -37,10 +45,10 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batches(config, mesh)
     source = open_source(config, workdir)
-    first = first_stage_workdir(config, workdir)
-    if first is not None and not first.complete():  # a first stage that cannot be built is found before anything is written
-        AutoencoderStage(configs.first_stage_run(config) if config.task == "diffusion" else config, source)
+    check_components(config, workdir, source)
     workdir.claim(config, command, versions())
+    if "://" not in str(workdir.path):
+        jax.config.update("jax_compilation_cache_dir", str((workdir.path / "compilation_cache").absolute()))
     if config.task == "autoencoder":
         train_first_stage(config, workdir, source, mesh)
         return workdir
@@ -61,6 +69,26 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     check_batch(config.train.batch_size, mesh, config.train.accumulation)
     if config.task == "diffusion" and not config.first_stage.path:
         check_batch(config.first_stage.train.batch_size, mesh, config.first_stage.train.accumulation)
+
+
+def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> None:
+    """Builds, abstractly, what the run will need, so that a wrong setting is found before anything is written. Raises UserError."""
+    dtype = compute_dtype(config.train.dtype)
+    first = first_stage_workdir(config, workdir)
+    if first is not None and not first.complete():
+        AutoencoderStage(configs.first_stage_run(config) if config.task == "diffusion" else config, source)
+    if config.task == "diffusion":
+        if first is None:
+            autoencoder = fitting_first_stage(config, find_model(config.first_stage.path))[0].network
+        else:
+            autoencoder = build_autoencoder(config.first_stage.to_dict(), dtype)
+        build_loss(config.diffusion)
+        denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, Conditioning(()), autoencoder.latent_channels, dtype)
+        build_sampler(config.sample, denoiser.process, denoiser.prediction)
+        optimizer.from_config(config.optimizer, config.train.steps)
+        text = config.conditioning.text
+        if text.enabled and text.tokenizer != "train" and not (workdir.path / "tokenizer.json").exists():
+            Tokenizer.pretrained(text.tokenizer, text.max_length)
 
 
 def open_source(config: ConfigDict, workdir: WorkDir) -> Source:
@@ -88,10 +116,13 @@ def ensure_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mes
             own.claim(inner, command, versions())
             train_first_stage(inner, own, source, mesh)
         model = own.model
+    return fitting_first_stage(config, model)
+
+
+def fitting_first_stage(config: ConfigDict, model: Any) -> tuple[FirstStage, Params]:
+    """The first stage in a model directory, for this run's pictures. Raises UserError."""
     stage, params = load_first_stage(model, compute_dtype(config.train.dtype))
-    factor = stage.network.factor
-    if config.data.resolution % factor:
-        raise UserError(f"data.resolution {config.data.resolution} is not divisible by the factor {factor} of the autoencoder in {model}")
+    configs.check_resolution(config, stage.network.factor)
     return stage, params
 
 
@@ -99,9 +130,7 @@ def encode(config: ConfigDict, workdir: WorkDir) -> LatentCache:
     """The latent cache of a run whose first stage is complete. Raises UserError."""
     if config.task != "diffusion":
         raise UserError("a latent cache belongs to a diffusion run (task=diffusion)")
-    first_stage, params = load_first_stage(
-        find_model(config.first_stage.path or str(workdir.first_stage.path)), compute_dtype(config.train.dtype)
-    )
+    first_stage, params = fitting_first_stage(config, find_model(config.first_stage.path or str(workdir.first_stage.path)))
     source = open_source(config, workdir)
     return ensure_cache(config, workdir, Encoder(first_stage, params, _ENCODE_BATCH), source)
 
@@ -163,7 +192,6 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
 
 def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, first_stage: FirstStage, params: Params, mesh: Mesh) -> None:
     """Latents, stage 2, the oracle's table, the model."""
-    build_loss(config.diffusion)
     tokenizer = ensure_tokenizer(config, workdir, source)
     data: Source | LatentCache = source
     if config.data.cache:
@@ -205,13 +233,15 @@ def restore_model(path: str, step: int | None = None, ema: str | None = None, dt
     workdir = WorkDir(path)
     if not workdir.config.exists():
         raise UserError(f"{path} is neither a model directory nor a work directory: it has no model.json and no config.json")
-    config = configs.from_flat(json.loads(workdir.config.read_text())["config"])
+    config = configs.from_flat(workdir.stored())
     if config.task != "diffusion":
         raise UserError(f"{path} is the work directory of an autoencoder; its model is loaded without a step, once it is complete")
     config.train.dtype = dtype
     first = find_model(config.first_stage.path or str(workdir.first_stage.path))
     first_stage, params = load_first_stage(first, compute_dtype(dtype))
     text = config.conditioning.text
+    if not workdir.checkpoints.exists():
+        raise UserError(f"{path} has no checkpoint yet")
     tokenizer = Tokenizer.from_json((workdir.path / "tokenizer.json").read_text(), text.max_length) if text.enabled else None
     stage = DiffusionStage(config, first_stage, params, [], tokenizer)  # type: ignore[arg-type]
     with Checkpoints(workdir.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:

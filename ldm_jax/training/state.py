@@ -64,7 +64,7 @@ def apply_updates(
     decays: tuple[float, ...],
 ) -> tuple[State, Metrics]:
     """One update of every network that `grads` names, or none at all where the loss or a gradient is not finite (the step still counts)."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     fine = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt = dict(state.params), dict(state.opt)
     for name, tx in optimizers.items():

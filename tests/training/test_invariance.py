@@ -25,9 +25,8 @@ FAST = ("mixed", "accumulated")
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with tiny.quick_compilation():
+        yield
 
 
 @cache

@@ -1,0 +1,262 @@
+"""The commands: bad input is one clear line and exit code 2 with nothing left behind; a model samples the same from a shell and from Python."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldm_jax
+from ldm_jax import cli, encode, sample, train
+from ldm_jax import config as configs
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.training.run import model_info
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+SMOKE = f"{ROOT}/configs/txt2img.py:smoke"
+EIGHT = ("--config.train.batch_size=8", "--config.first_stage.train.batch_size=8")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+    """`run(main, *arguments) -> (exit code, stdout, stderr)`, in this process and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    cache = jax.config.jax_compilation_cache_dir
+
+    def call(main: Callable[[], int], *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.guarded(main)
+        out, err = capsys.readouterr()
+        return end.value.code, out, err  # type: ignore[return-value]
+
+    yield call
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """The one line of a refusal."""
+    code, out, err = result
+    assert (code, out) == (cli.BAD_INPUT, ""), err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("command", [train, encode])
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        (SMOKE, ("--config.train.step=3",), "unknown configuration field 'train.step'; the nearest is 'train.steps'"),
+        (SMOKE, ("--config.train.steps=many",), "train.steps takes a whole number, not 'many'"),
+        (SMOKE, ("--config.train=3",), "train is a group of fields"),
+        (SMOKE, ("--steps=3",), "unknown argument '--steps=3'"),
+        (SMOKE, ("--config.train.steps", "3"), "--config.group.field=value"),
+        ("missing.py", (), "no configuration file at missing.py"),
+        (f"{ROOT}/configs/txt2img.py:huge", (), "no preset 'huge'; it has shapes, smoke"),
+        (SMOKE, ("--config.task=paint",), "autoencoder, diffusion"),
+        (SMOKE, ("--config.data.resolution=30",), "data.resolution 30 is not divisible by the autoencoder's factor 4"),
+        (SMOKE, ("--config.train.dtype=int8",), "train.dtype"),
+        (SMOKE, ("--num-processes=2",), "give all three"),
+    ],
+)
+def test_a_wrong_configuration(command, config: str, arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:
+    assert message in refused(run(command.main, "--config", config, "--workdir", "runs/new", *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config.data.source=folder", "--config.data.path=missing"), "no folder 'missing'"),
+        (("--config.data.source=folder",), "data.path is empty"),
+        (("--config.data.source=web",), "data.source is 'web'; it must be one of shapes, folder, tfds"),
+        (("--config.train.batch_size=12",), "batch size 12 is not divisible by 8 devices"),
+        (("--config.first_stage.train.batch_size=12",), "batch size 12 is not divisible by 8 devices"),
+        (("--config.mesh.data=3",), "mesh data=3, fsdp=1 does not fit 8 devices"),
+        (("--config.first_stage.path=missing",), "no model at missing"),
+        (("--config.first_stage.kind=vq",), "first_stage.kind 'vq' is not one of kl"),
+        (("--config.first_stage.attention_levels=(64,)",), "attention_levels [64] match no level"),
+        (("--config.first_stage.loss.disc_loss=soft",), "discriminator loss 'soft'"),
+        (("--config.first_stage.loss.vgg=missing.pth",), "missing.pth"),
+        (("--config.denoiser.kind=dit",), "denoiser.kind 'dit' is not one of unet"),
+        (("--config.denoiser.attention_levels=(64,)",), "attention_levels [64] match no level"),
+        (("--config.denoiser.num_heads=4",), "give one of num_heads and head_channels"),
+        (("--config.diffusion.process=cold",), "cold"),
+        (("--config.diffusion.prediction=score",), "score"),
+        (("--config.diffusion.loss=l3",), "l3"),
+        (("--config.diffusion.time_sampling=often",), "often"),
+        (("--config.sample.sampler=magic",), "magic"),
+        (("--config.sample.spacing=leading",), "spacing 'leading'"),
+        (("--config.optimizer.kind=sgd",), "unknown optimiser 'sgd'"),
+        (("--config.optimizer.schedule=stairs",), "unknown learning-rate schedule 'stairs'"),
+        (("--config.first_stage.optimizer.kind=sgd",), "unknown optimiser 'sgd'"),
+        (("--config.conditioning.text.tokenizer=./missing.json",), "no tokenizer './missing.json'"),
+        (("--config.conditioning.text.max_length=2",), "max_length"),
+    ],
+)
+def test_wrong_input_is_found_before_anything_is_written(arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:
+    assert message in refused(run(train.main, "--config", SMOKE, "--workdir", "runs/new", *EIGHT, *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [((), "no pictures"), (("notes.txt",), "no pictures"), (("a.png", "a.txt", "cat/b.png"), "1 of 2 pictures"), (("a.png",), "'a.png'")],
+    ids=["empty", "other files", "one without caption", "none with caption"],
+)
+def test_a_wrong_folder(files: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in files:
+        if name.endswith(".png"):
+            picture(tmp_path / "data" / name)
+        else:
+            (tmp_path / "data" / name).write_text("a caption")
+    arguments = (*EIGHT, "--config.data.source=folder", "--config.data.path=data")
+    assert message in refused(run(train.main, "--config", SMOKE, "--workdir", "runs/new", *arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_work_directory_of_another_configuration_stays_as_it_is(run: Run, tmp_path: Path) -> None:
+    workdir = configs.WorkDir(tmp_path / "old")
+    workdir.claim(configs.load_file(SMOKE), ["train"], {})
+    before = workdir.config.read_bytes()
+    line = refused(run(train.main, "--config", SMOKE, "--workdir", "old", *EIGHT, "--config.denoiser.channels=64", "--config.data.size=99"))
+    assert "data.size: 512 there, 99 now; denoiser.channels: 32 there, 64 now" in line
+    assert workdir.config.read_bytes() == before
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["config.json"]
+
+
+def test_a_file_where_the_work_directory_should_be(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    assert "cannot create the work directory taken" in refused(run(train.main, "--config", SMOKE, "--workdir", "taken", *EIGHT))
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_missing_flags(run: Run) -> None:
+    assert "--config" in refused(run(train.main, "--workdir", "runs/new"))
+    assert "--workdir" in refused(run(train.main, "--config", SMOKE))
+    assert "--output" in refused(run(sample.main, "--model", "runs/new"))
+    assert "--num" in refused(run(sample.main, "--model", "runs/new", "--output", "out", "--num", "few"))
+
+
+def test_encoding_needs_a_first_stage(run: Run, tmp_path: Path) -> None:
+    assert "no model at" in refused(run(encode.main, "--config", SMOKE, "--workdir", "runs/new"))
+    assert "diffusion run" in refused(run(encode.main, "--config", SMOKE, "--workdir", "runs/new", "--config.task=autoencoder"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fresh_process_leaves_nothing_either(tmp_path: Path) -> None:
+    """As above, but nothing is compiled or cached yet, and `__main__` runs as it does for a user."""
+    arguments = ["--config", SMOKE, "--workdir", "runs/new", *EIGHT, "--config.first_stage.path=missing"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ldm_jax.train", *arguments],
+        cwd=tmp_path,
+        env={"PATH": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "no model at missing" in refused((done.returncode, done.stdout, done.stderr))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an untrained text-to-image model."""
+    cfg = tiny.config()
+    cfg.diffusion.update(process="flow", prediction="flow")
+    cfg.sample.update(sampler="euler")
+    stage = tiny.diffusion_stage(cfg)
+    params = jax.jit(lambda key: stage.denoiser.init(key, stage.latent_shape))(jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.02 * np.random.default_rng(p.size).normal(size=p.shape).astype(np.float32), params)
+    path = tmp_path_factory.mktemp("trained") / "model"
+    stage.model(params, model_info(cfg)).save(path)
+    return path
+
+
+def test_the_command_and_python_give_the_same_pixels(model: Path, run: Run, tmp_path: Path) -> None:
+    arguments = ("--model", str(model.parent), "--prompt", "a red circle", "--num", "3", "--guidance", "2", "--seed", "5", "--output", "out")
+    code, out, err = run(sample.main, *arguments)
+    assert (code, out) == (cli.OK, "3 images: out\n"), err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "00002.png", "grid.png"]
+    images = ldm_jax.load(str(model)).sample(prompts=["a red circle"], num=3, guidance=2, seed=5)
+    for i, image in enumerate(images):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:05d}.png")), image)
+    assert np.abs(images[0].astype(int) - images[1]).max() > 0
+
+
+def test_a_file_of_prompts(model: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue square  \n")
+    code, _, err = run(sample.main, "--model", str(model), "--prompts-file", "prompts.txt", "--output", "out")
+    assert code == cli.OK, err
+    images = ldm_jax.load(str(model)).sample(prompts=["a red circle", "a blue square"])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "00001.png")), images[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "missing", "--prompt", "a red circle"), "missing is neither a model directory nor a work directory"),
+        (("--model", "MODEL", "--sampler", "magic"), "magic"),
+        (("--model", "MODEL", "--spacing", "leading"), "spacing 'leading'"),
+        (("--model", "MODEL", "--steps", "0"), "at least 1 step"),
+        (("--model", "MODEL", "--eta", "2"), "eta"),
+        (("--model", "MODEL", "--num", "0"), "num must be at least 1, not 0"),
+        (("--model", "MODEL", "--batch-size", "-1"), "batch_size must be at least 1, not -1"),
+        (("--model", "MODEL", "--step", "3"), "step and ema belong to a work directory"),
+        (("--model", "MODEL", "--prompt", "x", "--prompts-file", "y"), "not both"),
+        (("--model", "MODEL", "--prompts-file", "missing.txt"), "cannot read missing.txt"),
+    ],
+)
+def test_wrong_sampling_leaves_no_output(arguments: tuple[str, ...], message: str, model: Path, run: Run, tmp_path: Path) -> None:
+    given = [str(model) if argument == "MODEL" else argument for argument in arguments]
+    assert message in refused(run(sample.main, *given, "--output", "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_cannot_be_written(model: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    assert "cannot create taken" in refused(run(sample.main, "--model", str(model), "--prompt", "a red circle", "--output", "taken"))
+
+
+@pytest.mark.parametrize("part", ["model.json", "first_stage/weights.safetensors", "denoiser/config.json", "conditioner/tokenizer.json"])
+def test_an_incomplete_model(part: str, model: Path, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "copy")
+    (tmp_path / "copy" / part).unlink()
+    assert "copy" in refused(run(sample.main, "--model", "copy", "--output", "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["model.json", "first_stage/weights.safetensors", "denoiser/config.json", "conditioner/tokenizer.json"])
+def test_a_damaged_model(part: str, model: Path, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "copy")
+    whole = (tmp_path / "copy" / part).read_bytes()
+    (tmp_path / "copy" / part).write_bytes(whole[: len(whole) // 2])
+    assert "copy" in refused(run(sample.main, "--model", "copy", "--output", "out"))
+
+
+def test_a_first_stage_of_another_shape(model: Path, run: Run, tmp_path: Path) -> None:
+    """`first_stage.path` takes a model whose latents the denoiser cannot halve."""
+    cfg = tiny.config()
+    cfg.first_stage.update(channel_mult=(1, 1, 1, 1), patch_size=2)
+    stage, params = tiny.first_stage(cfg)
+    LatentDiffusion(stage, None, {"first_stage": params}, {"task": "autoencoder", "resolution": 16}).save(tmp_path / "first")
+    arguments = ("--config.first_stage.path=first", "--config.data.resolution=16", *EIGHT)
+    assert "latents of 1x1 cannot be halved" in refused(run(train.main, "--config", SMOKE, "--workdir", "runs/new", *arguments))
+    assert "no denoiser" in refused(run(sample.main, "--model", "first", "--output", "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
