@@ -1,0 +1,240 @@
+"""The model as one object: written and read, sampling, encoding and decoding, and what bad input gets."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+import ldm_jax
+from ldm_jax.config import UserError, WorkDir
+from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
+from ldm_jax.latent_diffusion import LatentDiffusion, load_model, to_uint8
+from ldm_jax.sharding.mesh import make_mesh
+from ldm_jax.training import loop
+from ldm_jax.training.checkpoints import Checkpoints
+from ldm_jax.training.run import model_info, versions
+
+PROMPTS = ["a red circle", "a blue square", "a green ring"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    with tiny.quick_compilation():
+        yield
+
+
+def random_params(stage: Any, seed: int = 0) -> dict[str, Any]:
+    """Parameters without the zeros of a fresh network, which would hide the conditions."""
+    params = jax.device_get(jax.jit(stage.denoiser.init, static_argnums=1)(jax.random.key(seed), stage.latent_shape))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: (x + 0.2 * rng.normal(size=x.shape)).astype(np.float32), params)
+
+
+@pytest.fixture(scope="module")
+def stage() -> Any:
+    cfg = tiny.config()
+    cfg.sample.update(guidance=2.0)
+    return tiny.diffusion_stage(cfg)
+
+
+@pytest.fixture(scope="module")
+def model(stage: Any) -> LatentDiffusion:
+    return stage.model(random_params(stage), model_info(stage.config))
+
+
+@pytest.fixture
+def saved(model: LatentDiffusion, tmp_path: Path) -> Path:
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def near(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal up to one of the 255 grey levels."""
+    return a.shape == b.shape and int(np.abs(a.astype(int) - b.astype(int)).max()) <= 1
+
+
+def test_a_saved_model_is_the_same_model(model: LatentDiffusion, saved: Path) -> None:
+    again = ldm_jax.load(str(saved))
+    assert jax.tree.structure(again.params) == jax.tree.structure(model.params)
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(model.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert again.first_stage.shift == (0.1,) and again.first_stage.scale == (0.7,)
+    assert again.info["sample"] == json.loads(json.dumps(model.info["sample"]))
+    np.testing.assert_array_equal(again.sample(prompts=PROMPTS, seed=3), model.sample(prompts=PROMPTS, seed=3))
+
+
+def test_the_model_directory_has_the_layout_of_the_contract(saved: Path) -> None:
+    files = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
+    parts = {f"{part}/{name}" for part in ("first_stage", "denoiser", "conditioner") for name in ("config.json", "weights.safetensors")}
+    assert files == parts | {"model.json", "conditioner/tokenizer.json"}
+    info = json.loads((saved / "model.json").read_text())
+    assert info["format"] == 1 and info["shift"] == [0.1] and info["scale"] == [0.7] and info["diffusion"]["process"] == "discrete"
+
+
+def test_load_takes_a_work_directory_finished_or_not(stage: Any, model: LatentDiffusion, tmp_path: Path) -> None:
+    workdir = WorkDir(tmp_path)
+    workdir.claim(stage.config, ["train"], versions())
+    info = {"task": "autoencoder", "resolution": 16}
+    LatentDiffusion(stage.first_stage, None, {"first_stage": stage.first_stage_params}, info).save(workdir.first_stage.model)
+    (tmp_path / "tokenizer.json").write_text(tiny.tokenizer(stage.config).to_json())
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        ldm_jax.load(str(tmp_path))
+    mesh = make_mesh()
+    state = loop.init_state(stage, mesh)
+    with Checkpoints(workdir.checkpoints, 1) as checkpoints:
+        checkpoints.save(4, state, wait=True)
+
+    for restored in (ldm_jax.load(str(tmp_path)), ldm_jax.load(str(tmp_path), step=4, ema=0.9)):
+        for a, b in zip(jax.tree.leaves(restored.params["denoiser"]), jax.tree.leaves(state.ema["0.9"]["denoiser"]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(UserError, match=r"no EMA of decay 0\.5; it has 0\.9"):
+        ldm_jax.load(str(tmp_path), ema=0.5)
+    with pytest.raises(UserError, match="no checkpoint of step 5"):
+        ldm_jax.load(str(tmp_path), step=5)
+
+    model.save(workdir.model)
+    finished = ldm_jax.load(str(tmp_path))
+    np.testing.assert_array_equal(finished.params["denoiser"]["out_conv"]["kernel"], model.params["denoiser"]["out_conv"]["kernel"])
+    with pytest.raises(UserError, match="step and ema belong to a work directory"):
+        ldm_jax.load(str(workdir.model), step=4)
+    with pytest.raises(UserError, match="neither a model directory nor a work directory"):
+        ldm_jax.load(str(tmp_path / "samples"))
+
+
+def test_samples_are_pictures_that_the_seed_decides(model: LatentDiffusion) -> None:
+    images = model.sample(prompts=PROMPTS, seed=1)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(images, model.sample(prompts=PROMPTS, seed=1))
+    assert not near(images, model.sample(prompts=PROMPTS, seed=2))
+
+
+def test_an_image_depends_on_seed_index_and_prompt_alone(model: LatentDiffusion) -> None:
+    prompts = [PROMPTS[i % 3] for i in range(19)]
+    images = model.sample(prompts=prompts, batch_size=8)
+    assert images.shape[0] == 19
+    assert near(images, model.sample(prompts=prompts, batch_size=16))
+    assert near(images[:5], model.sample(prompts=prompts[:5]))
+
+
+def test_a_stochastic_sampler_too(model: LatentDiffusion) -> None:
+    draw = partial(model.sample, prompts=PROMPTS * 4, eta=1.0)
+    images = draw(batch_size=8)
+    assert near(images, draw(batch_size=16)) and not near(images, model.sample(prompts=PROMPTS * 4))
+
+
+def test_prompts_and_numbers(model: LatentDiffusion) -> None:
+    one = model.sample(prompts=PROMPTS[:1], num=3)
+    assert near(one, model.sample(prompts=PROMPTS[:1] * 3)) and not near(one[0], one[1])
+    assert near(model.sample(num=2), model.sample(prompts=["", ""]))
+    assert model.sample().shape[0] == 1
+    assert model.sample(prompts=PROMPTS, num=3).shape[0] == 3
+    with pytest.raises(UserError, match="3 prompts for 2 images"):
+        model.sample(prompts=PROMPTS, num=2)
+    with pytest.raises(UserError, match="must be a list of texts"):
+        model.sample(prompts="a red circle")  # type: ignore[arg-type]
+
+
+def test_conditions_move_the_result(model: LatentDiffusion) -> None:
+    images = model.sample(prompts=PROMPTS)
+    assert not near(images, model.sample(prompts=PROMPTS[::-1]))
+    assert not near(images, model.sample(prompts=PROMPTS, negative="a black cross"))
+    assert near(images, model.sample(prompts=PROMPTS, negative=""))
+    assert not near(images, model.sample(prompts=PROMPTS, guidance=4.0))
+    assert near(model.sample(prompts=PROMPTS, guidance=0.0), model.sample(num=3, guidance=1.0))
+
+
+def test_guidance_one_is_the_conditional_model(model: LatentDiffusion) -> None:
+    settings, n, seed = SamplerSettings("ddim", 2, spacing="trailing"), 8, 5
+    prompts, index = [PROMPTS[0]] * n, np.arange(n)
+    condition = model.condition({"text": prompts})
+    noise = initial_noise(seed, index, model.latent_shape)
+    assert model.denoiser is not None
+    denoise = partial(model.denoise, condition=condition)
+    latents = sample(denoise, model.denoiser.process, model.denoiser.prediction, settings, noise, image_keys(seed, index))
+    expected = np.asarray(to_uint8(model.decode(latents)))
+    assert near(model.sample(prompts=prompts, guidance=1.0, seed=seed), expected)
+
+
+def test_latents_are_scaled(model: LatentDiffusion) -> None:
+    images = np.stack([tiny.Pictures()[i]["image"] for i in range(3)])
+    latents = model.encode(images)
+    assert latents.shape == (3, 4, 4, 4) and latents.dtype == np.float32
+    mean, log_var = np.split(np.asarray(model.first_stage.moments(model.params["first_stage"], images / np.float32(127.5) - 1)), 2, axis=-1)
+    np.testing.assert_allclose(latents, (mean - 0.1) / 0.7, atol=1e-5)
+    np.testing.assert_allclose(model.encode(images / np.float32(127.5) - 1), latents, atol=1e-5)
+    drawn = model.encode(images, jax.random.key(0))
+    deviations = (drawn - latents) * 0.7 / np.exp(0.5 * log_var)
+    assert 0.7 < deviations.std() < 1.3 and abs(deviations.mean()) < 0.3
+    decoded = model.decode(latents)
+    assert decoded.shape == images.shape and decoded.dtype == np.float32
+    raw = model.first_stage.network.apply({"params": model.params["first_stage"]}, mean, method="decode")
+    np.testing.assert_allclose(decoded, raw, atol=1e-4)
+    with pytest.raises(ValueError, match="factor 4"):
+        model.encode(images[:, :15])
+
+
+def test_an_autoencoder_alone_has_no_samples(model: LatentDiffusion, tmp_path: Path) -> None:
+    LatentDiffusion(model.first_stage, None, model.params, {"resolution": 16}).save(tmp_path)
+    alone = load_model(tmp_path)
+    images = tiny.Pictures()[0]["image"][None]
+    np.testing.assert_array_equal(alone.encode(images), model.encode(images))
+    with pytest.raises(UserError, match="autoencoder alone"):
+        alone.sample()
+
+
+@pytest.mark.parametrize("settings", [{"sampler": "fast"}, {"steps": 0}, {"spacing": "random"}, {"sampler": "ddim", "eta": -1.0}])
+def test_a_wrong_sampler_is_bad_input(model: LatentDiffusion, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="cannot sample"):
+        model.sample(prompts=PROMPTS, **settings)
+
+
+def test_weights_that_do_not_fit_are_listed_at_once(saved: Path) -> None:
+    for part, names in {"denoiser": ("out_conv.kernel", "time_embed_0.bias"), "conditioner": ("text.token_embedding",)}.items():
+        file = saved / part / "weights.safetensors"
+        tensors = load_file(file)
+        tensors["extra." + part] = tensors.pop(names[0])
+        if len(names) > 1:
+            tensors[names[1]] = tensors[names[1]][:-1]
+        save_file(tensors, file)
+    with pytest.raises(UserError) as error:
+        load_model(saved)
+    text = str(error.value)
+    assert "\n" not in text
+    for tensor in ("denoiser.out_conv.kernel: missing there", "denoiser.time_embed_0.bias: (31,) there, (32,) wanted"):
+        assert tensor in text
+    assert "conditioner.text.token_embedding: missing there" in text and "conditioner.extra.conditioner: " in text
+
+
+def test_a_first_stage_that_does_not_fit(saved: Path) -> None:
+    file = saved / "first_stage" / "weights.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if not k.startswith("conv_out")}, file)
+    with pytest.raises(UserError, match=r"conv_out\.bias: missing there, \(12,\) wanted; conv_out\.kernel: missing"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("missing", ["model.json", "first_stage/config.json", "denoiser/weights.safetensors"])
+def test_a_model_with_a_missing_file(saved: Path, missing: str) -> None:
+    (saved / missing).unlink()
+    with pytest.raises(UserError, match="not a complete"):
+        load_model(saved)
+
+
+def test_a_file_of_weights_that_was_cut_short(saved: Path) -> None:
+    file = saved / "denoiser" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a complete part of a model"):
+        load_model(saved)
+
+
+def test_a_model_of_another_format(saved: Path) -> None:
+    info = json.loads((saved / "model.json").read_text())
+    (saved / "model.json").write_text(json.dumps(info | {"format": 2}))
+    with pytest.raises(UserError, match="has format 2; this version reads format 1"):
+        load_model(saved)

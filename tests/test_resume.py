@@ -1,0 +1,118 @@
+"""A run of the `smoke` preset that is killed again and again ends with the bytes of one that was left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+KILLS = int(os.environ.get("LDM_JAX_KILLS", "5"))  # in each stage
+STEPS = 32
+LIMIT = 600  # seconds a process may take to reach the moment of its kill
+ROOT = Path(__file__).parents[1]
+
+
+def command(workdir: Path) -> list[str]:
+    often = ["--config.train.log_every=1", "--config.first_stage.train.log_every=1"]  # so that each step shows
+    return [sys.executable, "-m", "ldm_jax.train", "--config", "configs/txt2img.py:smoke", "--workdir", str(workdir), *often]
+
+
+def start(workdir: Path, log: Path) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    with log.open("a") as file:
+        return subprocess.Popen(command(workdir), cwd=ROOT, env=env, stdout=file, stderr=file)
+
+
+def finish(workdir: Path, log: Path) -> None:
+    process = start(workdir, log)
+    try:
+        assert process.wait(LIMIT) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+
+
+def kill_at(workdir: Path, log: Path, reached: Callable[[float], bool], delay: float) -> None:
+    """Starts the run and kills it `delay` seconds after `reached(its start)`, with a signal that it cannot answer."""
+    since = time.time()
+    process = start(workdir, log)
+    try:
+        while not reached(since):
+            assert process.poll() is None, f"ended before the moment of its kill: {log.read_text()[-3000:]}"
+            assert time.time() < since + LIMIT, f"never came to the moment of its kill: {log.read_text()[-3000:]}"
+            time.sleep(0.02)
+        time.sleep(delay)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+def last_step(run: Path, since: float) -> int:
+    """The last step that metrics.jsonl shows, 0 where it was not opened after `since`: what a killed process wrote is cut at the resume."""
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() and file.stat().st_mtime > since else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
+
+
+def moments(workdir: Path, rng: random.Random) -> list[tuple[str, Callable[[float], bool]]]:
+    """Where the run is killed, in the order in which it comes there."""
+
+    def of_stage(run: Path) -> list[tuple[str, Callable[[float], bool]]]:
+        steps = sorted(rng.sample(range(1, STEPS), KILLS - 1))
+        inside = [(f"{run.name} step {step}", lambda since, step=step: last_step(run, since) >= step) for step in steps]
+        return [*inside, (f"{run.name} before its model", lambda since: (run / "checkpoints" / str(STEPS)).exists())]
+
+    encoding = ("encode", lambda since: any(workdir.glob("latents/*/.shard*.tmp")))
+    return [*of_stage(workdir / "first_stage"), encoding, *of_stage(workdir)]
+
+
+def checkpoint(run: Path) -> dict[str, np.ndarray]:
+    """Every leaf of the last checkpoint, by its path."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(run / "checkpoints", item_handlers=ocp.StandardCheckpointHandler()) as manager:
+        assert manager.latest_step() == STEPS
+        tree = manager.restore(STEPS)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
+    clocks = ("time", "images_per_second", "data_wait", "tflops_per_second", "step")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], {k: v for k, v in record.items() if k not in clocks}) for record in records]
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
+    undisturbed, killed, log = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "log.txt"
+    finish(undisturbed, log)
+    killed.mkdir()
+    (killed / "compilation_cache").symlink_to(undisturbed / "compilation_cache")
+
+    rng = random.Random(0)
+    for name, reached in moments(killed, rng):
+        print(name, flush=True)
+        kill_at(killed, log, reached, rng.uniform(0, 0.3))
+    finish(killed, log)
+
+    files = sorted(p.relative_to(undisturbed) for p in undisturbed.rglob("*.safetensors"))
+    assert len(files) == 4  # the first stage's model, and the three parts of the model
+    files += [Path("oracle.json"), Path("tokenizer.json"), Path("model/model.json"), Path("samples/00000032.png")]
+    files += [p.relative_to(undisturbed) for p in undisturbed.glob("latents/*/*.array_record")]
+    for file in files:
+        assert (killed / file).read_bytes() == (undisturbed / file).read_bytes(), file
+    for stage in ("first_stage", ""):
+        one, other = checkpoint(undisturbed / stage), checkpoint(killed / stage)
+        assert one.keys() == other.keys() and len(one) > 100
+        for path, leaf in one.items():
+            assert leaf.dtype == other[path].dtype and leaf.tobytes() == other[path].tobytes(), path
+        assert losses(killed / stage) == losses(undisturbed / stage)
+    assert not list(killed.glob("latents/*/.*.tmp"))
