@@ -1,6 +1,7 @@
 """What the front doors share: flags, set-up of the process, errors to exit codes. Imports nothing slow."""
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Callable
@@ -53,4 +54,10 @@ def guarded(main: Callable[[], int]) -> None:
         sys.exit(main())
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(BAD_INPUT)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        sys.stderr.write(f"error: no space left on the disk{where}; free some and run the same command again\n")
         sys.exit(BAD_INPUT)

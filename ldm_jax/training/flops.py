@@ -10,6 +10,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
+# Matrix products of the forward and of the backward pass.
+_FUSED_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
+
 
 def count_flops(fn: Callable[..., Any], *abstract_args: Any) -> int:
     """Operations of `fn(*abstract_args)` (arrays or `jax.ShapeDtypeStruct`s), for the global shapes, two for each multiply-add.
@@ -32,6 +35,8 @@ def _equation_flops(eqn: Any) -> int:
         return _dot_flops(eqn)
     if name == "conv_general_dilated":
         return _conv_flops(eqn)
+    if name in _FUSED_ATTENTION:
+        return _attention_flops(eqn)
     inner = [_jaxpr_flops(jaxpr) for value in eqn.params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner)
@@ -52,6 +57,12 @@ def _dot_flops(eqn: Any) -> int:
     lhs, _ = (v.aval.shape for v in eqn.invars)
     (contracted, _), _ = eqn.params["dimension_numbers"]
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+
+
+def _attention_flops(eqn: Any) -> int:
+    """cuDNN's kernel on q [B,T,N,D] and k [B,S,N,D]: the products of the unfused form, without what the backward pass recomputes."""
+    q, k = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    return 2 * _FUSED_ATTENTION[eqn.primitive.name] * math.prod(q) * k[1]
 
 
 def _conv_flops(eqn: Any) -> int:

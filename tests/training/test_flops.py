@@ -89,3 +89,22 @@ def test_remat_and_custom_rules():
     custom.defvjp(lambda x, w: (product(x, w), (x, w)), lambda res, g: (g @ res[1].T, res[0].T @ g))
     assert count_flops(custom, f32(7, 5), f32(5, 5)) == one
     assert count_flops(jax.grad(lambda x, w: custom(x, w).sum(), argnums=(0, 1)), f32(7, 5), f32(5, 5)) == 3 * one
+
+
+def test_fused_attention_counts_as_its_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's kernel is opaque, and traces on a machine without it once its checks of the hardware are out of the way."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: True, raising=False)
+    batch, queries, keys, heads, width = 2, 64, 128, 3, 32
+    q = jax.ShapeDtypeStruct((batch, queries, heads, width), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((batch, keys, heads, width), jnp.bfloat16)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").astype(jnp.float32).sum()
+
+    forward = 4 * batch * heads * queries * keys * width
+    assert count_flops(attend, q, k, k) == forward
+    assert count_flops(jax.grad(attend, argnums=(0, 1, 2)), q, k, k) == 3 * forward
