@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
@@ -374,7 +375,7 @@ def _load_part(path: Path) -> tuple[dict[str, Any], Params]:
     try:
         settings = json.loads((path / "config.json").read_text())
         flat = load_safetensors((path / "weights.safetensors").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} is not a complete part of a model: {error}") from error
     params: Params = {}
     for name, value in flat.items():
@@ -386,14 +387,24 @@ def _load_part(path: Path) -> tuple[dict[str, Any], Params]:
     return settings, params
 
 
+def read_info(path: str | Path) -> dict[str, Any]:
+    """What `model.json` of a model directory says. Raises UserError where it is missing, damaged or of another format."""
+    file = epath.Path(path) / "model.json"
+    if not file.exists():
+        raise UserError(f"{path} is not a complete model directory: it has no model.json")
+    try:
+        info = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise UserError(f"{file} is not of format {FORMAT}, which this version reads")
+    return info
+
+
 def load_first_stage(path: str | Path, dtype: Any) -> tuple[FirstStage, Params]:
     """The first stage of a model directory. Raises UserError."""
     root = epath.Path(path)
-    if not (root / "model.json").exists():
-        raise UserError(f"{root} is not a complete model directory: it has no model.json")
-    info = json.loads((root / "model.json").read_text())
-    if info.get("format") != FORMAT:
-        raise UserError(f"{root} has format {info.get('format')}; this version reads format {FORMAT}")
+    info = read_info(root)
     settings, params = _load_part(root / "first_stage")
     stage = FirstStage(build_autoencoder(settings, dtype), tuple(info["shift"]), tuple(info["scale"]))
     expected = jax.eval_shape(partial(init_autoencoder, stage.network, resolution=info["resolution"]), jax.random.key(0))
@@ -424,14 +435,14 @@ def load_model(path: str | Path, dtype: str = "auto") -> LatentDiffusion:
     root = epath.Path(path)
     compute = compute_dtype(dtype)
     first_stage, first_params = load_first_stage(root, compute)
-    info = json.loads((root / "model.json").read_text())
+    info = read_info(root)
     params: Params = {"first_stage": first_params}
     if not (root / "denoiser").exists():
         return LatentDiffusion(first_stage, None, params, info)
     settings, params["denoiser"] = _load_part(root / "denoiser")
     conditioning_group, params["conditioner"] = _load_part(root / "conditioner")
-    file = root / "conditioner" / "tokenizer.json"
-    tokenizer = Tokenizer.from_json(file.read_text(), conditioning_group["text"]["max_length"]) if file.exists() else None
+    text = conditioning_group["text"]
+    tokenizer = Tokenizer.load(root / "conditioner" / "tokenizer.json", text["max_length"]) if text["enabled"] else None
     conditioning = build_conditioning(conditioning_group, tokenizer, compute)
     settings.pop("out_channels")
     denoiser = build_denoiser(settings, info["diffusion"], conditioning, first_stage.network.latent_channels, compute)

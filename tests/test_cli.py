@@ -1,20 +1,23 @@
-"""The commands: bad input is one clear line and exit code 2 with nothing left behind; a model samples the same from a shell and from Python."""
+"""The commands: bad input is one clear line and exit code 2, with nothing left behind; shell and Python sample the same pixels."""
 
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 import ldm_jax
 from ldm_jax import cli, encode, sample, train
 from ldm_jax import config as configs
-from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.latent_diffusion import FirstStage, LatentDiffusion, build_autoencoder, init_autoencoder
+from ldm_jax.training.diffusion import DiffusionStage
 from ldm_jax.training.run import model_info
 from tests import tiny
 
@@ -106,10 +109,12 @@ def test_a_wrong_configuration(command, config: str, arguments: tuple[str, ...],
         (("--config.optimizer.schedule=stairs",), "unknown learning-rate schedule 'stairs'"),
         (("--config.first_stage.optimizer.kind=sgd",), "unknown optimiser 'sgd'"),
         (("--config.conditioning.text.tokenizer=./missing.json",), "no tokenizer './missing.json'"),
-        (("--config.conditioning.text.max_length=2",), "max_length"),
     ],
 )
-def test_wrong_input_is_found_before_anything_is_written(arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:
+def test_wrong_input_is_found_before_anything_is_written(
+    arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(configs.WorkDir, "claim")  # which a run calls before it writes
     assert message in refused(run(train.main, "--config", SMOKE, "--workdir", "runs/new", *EIGHT, *arguments))
     assert list(tmp_path.iterdir()) == []
 
@@ -175,23 +180,35 @@ def test_a_fresh_process_leaves_nothing_either(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def random_like(shapes: Any) -> Any:
+    """Parameters without a compiled initialisation."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: 0.1 * rng.normal(size=s.shape).astype(np.float32), shapes)
+
+
+def first_stage(cfg: ConfigDict) -> tuple[FirstStage, Any]:
+    stage = FirstStage(build_autoencoder(cfg.first_stage.to_dict(), np.float32))
+    key = jax.random.key(0)
+    return stage, random_like(jax.eval_shape(lambda k: init_autoencoder(stage.network, k, cfg.data.resolution), key))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an untrained text-to-image model."""
     cfg = tiny.config()
     cfg.diffusion.update(process="flow", prediction="flow")
     cfg.sample.update(sampler="euler")
-    stage = tiny.diffusion_stage(cfg)
-    params = jax.jit(lambda key: stage.denoiser.init(key, stage.latent_shape))(jax.random.key(0))
-    params = jax.tree.map(lambda p: p + 0.02 * np.random.default_rng(p.size).normal(size=p.shape).astype(np.float32), params)
+    first, first_params = first_stage(cfg)
+    stage = DiffusionStage(cfg, first, first_params, tiny.Moments(), tiny.tokenizer(cfg))
+    params = random_like(jax.eval_shape(lambda key: stage.denoiser.init(key, stage.latent_shape), jax.random.key(0)))
     path = tmp_path_factory.mktemp("trained") / "model"
     stage.model(params, model_info(cfg)).save(path)
     return path
 
 
 def test_the_command_and_python_give_the_same_pixels(model: Path, run: Run, tmp_path: Path) -> None:
-    arguments = ("--model", str(model.parent), "--prompt", "a red circle", "--num", "3", "--guidance", "2", "--seed", "5", "--output", "out")
-    code, out, err = run(sample.main, *arguments)
+    settings = ("--prompt", "a red circle", "--num", "3", "--guidance", "2", "--seed", "5")
+    code, out, err = run(sample.main, "--model", str(model.parent), *settings, "--output", "out")
     assert (code, out) == (cli.OK, "3 images: out\n"), err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "00002.png", "grid.png"]
     images = ldm_jax.load(str(model)).sample(prompts=["a red circle"], num=3, guidance=2, seed=5)
@@ -254,7 +271,7 @@ def test_a_first_stage_of_another_shape(model: Path, run: Run, tmp_path: Path) -
     """`first_stage.path` takes a model whose latents the denoiser cannot halve."""
     cfg = tiny.config()
     cfg.first_stage.update(channel_mult=(1, 1, 1, 1), patch_size=2)
-    stage, params = tiny.first_stage(cfg)
+    stage, params = first_stage(cfg)
     LatentDiffusion(stage, None, {"first_stage": params}, {"task": "autoencoder", "resolution": 16}).save(tmp_path / "first")
     arguments = ("--config.first_stage.path=first", "--config.data.resolution=16", *EIGHT)
     assert "latents of 1x1 cannot be halved" in refused(run(train.main, "--config", SMOKE, "--workdir", "runs/new", *arguments))

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
+from etils import epath
 
 from ldm_jax.config import UserError
 
@@ -49,7 +50,8 @@ class Tokenizer:
         """A `tokenizer.json`, a directory that holds one, or a Hugging Face name or directory. Raises UserError."""
         for path in (name, os.path.join(name, "tokenizer.json")):
             if os.path.isfile(path):
-                return cls(tokenizers.Tokenizer.from_file(path), max_length)
+                return cls.load(path, max_length)
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
         from transformers import AutoTokenizer  # slow to import, and only this branch needs it
 
         try:
@@ -63,8 +65,15 @@ class Tokenizer:
         return cls(inner, max_length)
 
     @classmethod
-    def from_json(cls, text: str, max_length: int) -> "Tokenizer":
-        return cls(tokenizers.Tokenizer.from_str(text), max_length)
+    def load(cls, path: str | os.PathLike[str], max_length: int) -> "Tokenizer":
+        """A file that holds what `to_json` gives. Raises UserError where it is missing or damaged."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(epath.Path(path).read_text()), max_length)
+        except Exception as error:
+            # `tokenizers` raises a plain `Exception` for text that is no tokenizer: no narrower clause would catch it.
+            if type(error) is not Exception and not isinstance(error, OSError | ValueError):
+                raise
+            raise UserError(f"cannot read the tokenizer {path}: {error}") from error
 
     def to_json(self) -> str:
         return self._inner.to_str()

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dense, Dtype, kernel_init, norm, norm_groups, zeros
+from ldm_jax.nn.layers import Array, Dense, Dtype, fan_in_uniform, norm, norm_groups, zeros
 
 # Below this many query positions the logits are small and XLA's own fusion is as fast as cuDNN's kernel.
 _FUSED_FROM = 1024
@@ -99,7 +99,7 @@ class SpatialTransformer(nn.Module):
         h = Dense(inner, dtype=self.dtype, name="proj_in")(h)
         for i in range(self.depth):
             h = TransformerBlock(self.num_heads, self.head_dim, self.dropout, self.dtype, name=f"block_{i}")(h, context, deterministic)
-        h = Dense(channels, init=zeros, dtype=self.dtype, name="proj_out")(h)
+        h = Dense(channels, kernel_init=zeros, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape)
 
 
@@ -118,5 +118,5 @@ class AttentionBlock(nn.Module):
         shape = (b, height * width, self.num_heads, channels // self.num_heads)
         q, k, v = (Dense(channels, dtype=self.dtype, name=n)(h).reshape(shape) for n in "qkv")
         h = attention(q, k, v).reshape(h.shape)
-        init = zeros if self.zero_init else kernel_init
-        return x + Dense(channels, init=init, dtype=self.dtype, name="out")(h).reshape(x.shape)
+        init = zeros if self.zero_init else fan_in_uniform
+        return x + Dense(channels, kernel_init=init, dtype=self.dtype, name="out")(h).reshape(x.shape)

@@ -17,7 +17,7 @@ Dtype = Any
 Initializer = Callable[..., Any]
 
 zeros: Initializer = nn.initializers.zeros_init()
-kernel_init: Initializer = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # torch's Conv2d and Linear
+fan_in_uniform: Initializer = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # torch's Conv2d and Linear
 
 # Row taps of a 3x3 kernel that each of the two output phases sees after a nearest 2x upsampling: phase 0 reads inputs (i-1, i), phase 1
 # reads (i, i+1).
@@ -38,13 +38,13 @@ class Conv(nn.Module):
     stride: int = 1
     padding: tuple[int, int] = (1, 1)
     upsample: bool = False
-    init: Initializer = kernel_init
+    kernel_init: Initializer = fan_in_uniform
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         k, channels = self.kernel_size, x.shape[-1]
-        kernel = self.param("kernel", self.init, (k, k, channels, self.features))
+        kernel = self.param("kernel", self.kernel_init, (k, k, channels, self.features))
         bias = self.param("bias", zeros, (self.features,))
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
         if k == 1:
@@ -66,12 +66,12 @@ class Dense(nn.Module):
 
     features: int
     use_bias: bool = True
-    init: Initializer = kernel_init
+    kernel_init: Initializer = fan_in_uniform
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = _matmul(jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype))
         return y + jnp.asarray(self.param("bias", zeros, (self.features,)), self.dtype) if self.use_bias else y
 
@@ -176,7 +176,7 @@ class ResBlock(nn.Module):
             else:
                 h = second(h + e)
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=deterministic)
-        h = Conv(self.features, init=zeros if self.zero_init else kernel_init, dtype=self.dtype, name="conv2")(h)
+        h = Conv(self.features, kernel_init=zeros if self.zero_init else fan_in_uniform, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, dtype=self.dtype, name="skip")(x)
         return x + h

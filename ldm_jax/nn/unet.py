@@ -111,7 +111,7 @@ class UNet(nn.Module):
                 block += 1
 
         h = nn.silu(norm(self.dtype, 1e-5, "out_norm", norm_groups(h.shape[-1]))(h))
-        h = Conv(self.out_channels, init=zeros, dtype=self.dtype, name="out_conv")(h)
+        h = Conv(self.out_channels, kernel_init=zeros, dtype=self.dtype, name="out_conv")(h)
         return h.astype(jnp.promote_types(self.dtype, jnp.float32))
 
     def _res(self, name: str, width: int, h: Array, emb: Array, deterministic: bool, resample: str | None = None) -> Array:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -48,7 +49,8 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     check_components(config, workdir, source)
     workdir.claim(config, command, versions())
     if "://" not in str(workdir.path):
-        jax.config.update("jax_compilation_cache_dir", str((workdir.path / "compilation_cache").absolute()))
+        compilation_cache.set_cache_dir(str((workdir.path / "compilation_cache").absolute()))
+        compilation_cache.reset_cache()  # whatever was compiled before, without a directory, has turned it off
     if config.task == "autoencoder":
         train_first_stage(config, workdir, source, mesh)
         return workdir
@@ -187,7 +189,7 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
         else:
             tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
         configs.write_bytes(path, tokenizer.to_json().encode())
-    return Tokenizer.from_json(path.read_text(), text.max_length)
+    return Tokenizer.load(path, text.max_length)
 
 
 def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, first_stage: FirstStage, params: Params, mesh: Mesh) -> None:
@@ -242,7 +244,7 @@ def restore_model(path: str, step: int | None = None, ema: str | None = None, dt
     text = config.conditioning.text
     if not workdir.checkpoints.exists():
         raise UserError(f"{path} has no checkpoint yet")
-    tokenizer = Tokenizer.from_json((workdir.path / "tokenizer.json").read_text(), text.max_length) if text.enabled else None
+    tokenizer = Tokenizer.load(workdir.path / "tokenizer.json", text.max_length) if text.enabled else None
     stage = DiffusionStage(config, first_stage, params, [], tokenizer)  # type: ignore[arg-type]
     with Checkpoints(workdir.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
         if checkpoints.latest() is None:

@@ -1,0 +1,121 @@
+"""The paper's UNet: its size, its inputs, its errors."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.nn.unet import UNet
+from tests import tiny
+
+SMALL: dict[str, Any] = {
+    "out_channels": 4,
+    "channels": 16,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_levels": (1, 2),
+    "head_channels": 8,
+}
+PAPER: dict[str, Any] = {"channels": 320, "channel_mult": (1, 2, 4, 4), "attention_levels": (1, 2, 4), "num_heads": 8, "head_channels": 0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    with tiny.quick_compilation():
+        yield
+
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@cache
+def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
+    return normal(0, 2, 8, 8, 4), jnp.array([3.0, 700.0]), normal(1, 2, 5, 12)
+
+
+@cache
+def random_params() -> Any:
+    """Every parameter random: the output and the residual branches begin at zero."""
+    shapes = jax.eval_shape(UNet(**SMALL).init, jax.random.key(0), *inputs())
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(tree, [0.2 * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+
+
+def run(params: Any, *args: Any, **fields: Any) -> jax.Array:
+    return jax.jit(UNet(**{**SMALL, **fields}).apply)(params, *args)
+
+
+@pytest.mark.parametrize(("context", "count"), [(1280, 872_300_484), (768, 859_520_964)], ids=["laion-1p4b", "stable-diffusion-1"])
+def test_the_published_numbers_of_parameters(context: int, count: int) -> None:
+    network = UNet(4, **PAPER)
+    network.check()
+    x, c = jnp.zeros((1, 32, 32, 4)), jnp.zeros((1, 77, context))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), x, jnp.zeros(1), c)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_a_fresh_network_predicts_zero() -> None:
+    network = UNet(**SMALL)
+    params = jax.jit(network.init)(jax.random.key(0), *inputs())
+    assert not np.asarray(run(params, *inputs())).any()
+
+
+def test_every_input_is_heard() -> None:
+    x, t, c = inputs()
+    base = run(random_params(), x, t, c)
+    for changed in ((x + 1, t, c), (x, t + 100, c), (x, t, c.at[:, 0].add(1.0))):
+        assert np.abs(run(random_params(), *changed) - base).max() > 1e-2
+
+
+def test_examples_do_not_see_each_other() -> None:
+    x, t, c = inputs()
+    both = run(random_params(), x, t, c)
+    alone = run(random_params(), x[1:], t[1:], c[1:])
+    np.testing.assert_allclose(both[1:], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_recomputed_blocks_have_the_same_gradients() -> None:
+    def gradient(remat: str) -> Any:
+        network = UNet(**SMALL, remat=remat)
+        return jax.jit(jax.grad(lambda p: jnp.mean(network.apply(p, *inputs()) ** 2)))(random_params())
+
+    for a, b in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient("blocks")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max()) + 1e-7)
+
+
+def test_bfloat16_is_close_and_its_output_is_float32() -> None:
+    full, low = run(random_params(), *inputs()), run(random_params(), *inputs(), dtype=jnp.bfloat16)
+    assert low.dtype == jnp.float32
+    assert np.linalg.norm(low - full) / np.linalg.norm(full) < 2e-2
+
+
+@pytest.mark.parametrize(
+    "fields", [{"transformer_depth": 0}, {"scale_shift": True}, {"resblock_updown": True}, {"num_heads": 2, "head_channels": 0}]
+)
+def test_variants_keep_the_shape(fields: dict[str, Any]) -> None:
+    network = UNet(**{**SMALL, **fields})
+    network.check()
+    x, t, c = inputs()
+    out, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, t, c, normal(2, 2, 8, 8, 3), normal(3, 2, 7))
+    assert out.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_levels": (1, 4)}, r"attention_levels \[4\] match no level; the factors of this UNet are \[1, 2\]"),
+        ({"num_heads": 2}, "give one of num_heads and head_channels"),
+        ({"head_channels": 0}, "give one of num_heads and head_channels"),
+        ({"head_channels": 12}, "width 16 at factor 1 is not divisible into heads"),
+        ({"remat": "all"}, "remat 'all' is not one of none, blocks"),
+    ],
+)
+def test_settings_without_effect_or_sense_are_errors(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UNet(**{**SMALL, **fields}).check()
