@@ -59,7 +59,11 @@ class _Text(nn.Module):
 class DenoiserStep:
     """Latents from moments, noise, the network on a drawn time, squared error, clipping, AdamW, averages."""
 
-    differences = ("text encoder: torch's nn.TransformerEncoder (biases in its projections)", "32 groups in every norm", "velocity as the target")
+    differences = (
+        "the text encoder is torch's nn.TransformerEncoder, with biases in its projections",
+        "32 groups in every norm",
+        "velocity as the target",
+    )
 
     def __init__(self, config: ConfigDict, batch: dict[str, np.ndarray], vocab_size: int) -> None:
         group, self.config = config.denoiser, config
@@ -126,11 +130,15 @@ def _discriminator(group: ConfigDict) -> nn.Sequential:
 class FirstStageStep:
     """One update of both players as diffusers' training example for AutoencoderKL makes them, without LPIPS.
 
-    The autoencoder's comes first, with the adaptive weight from the gradients at the last convolution; the discriminator's follows after another
-    pass through the autoencoder.
+    The autoencoder's comes first, with the adaptive weight from the gradients at the last convolution; the discriminator's follows after
+    another pass through the autoencoder.
     """
 
-    differences = ("two passes through the autoencoder, as in the example", "the discriminator's update, which the example leaves out, is made")
+    differences = (
+        "two passes through the autoencoder, as in the example",
+        "the discriminator's update, whose backward pass and step the example leaves out, is made",
+        "mid-block attention and norms as diffusers has them",
+    )
 
     def __init__(self, config: ConfigDict, batch: dict[str, np.ndarray]) -> None:
         group, self.config = config.first_stage, config

@@ -45,11 +45,11 @@ def shapes() -> ConfigDict:
 
     first = config.first_stage
     first.update(channels=64, channel_mult=(1, 2), num_res_blocks=1, mid_attention=False, z_channels=8, latent_channels=8, patch_size=4)
-    first.loss.update(disc_start=1_500, disc_weight=0.2)
+    first.loss.update(disc_start=1_800, disc_weight=0.2)
     first.discriminator.update(features=32, num_layers=2, norm="group")
-    first.train.update(steps=2_000, batch_size=32)
+    first.train.update(steps=2_400, batch_size=32)
     first.optimizer.update(
-        kind="adam", learning_rate=2e-3, schedule="cosine", warmup=100, b1=0.5, b2=0.9, weight_decay=0.0, clip_norm=0.0, decay_start=0.3
+        kind="adam", learning_rate=3e-3, schedule="cosine", warmup=100, b1=0.5, b2=0.9, weight_decay=0.0, clip_norm=0.0, decay_start=0.3
     )
     first.ema.decays = (0.99,)
 

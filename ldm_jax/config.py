@@ -392,23 +392,36 @@ def check_same_run(stored: dict[str, Any], config: ConfigDict, where: str) -> No
         raise UserError(f"{where} belongs to another configuration ({'; '.join(different)}); choose another --workdir or undo the change")
 
 
+def commit(temporary: Path, final: Path) -> None:
+    """Gives a written file its final name once its bytes are on the disk, and returns once the name is there too."""
+    _synchronise(temporary)
+    os.replace(temporary, final)
+    _synchronise(final.parent)
+
+
+def _synchronise(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes complete or not at all: a temporary file, fsync, rename."""
+    """`write_bytes` of a value as JSON."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file complete or not at all. Raises UserError where the disk does not take it."""
     path = epath.Path(path)
     if "://" in str(path):  # object storage: a write is atomic, and there is no rename
         path.write_bytes(data)
         return
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(data)
+        commit(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

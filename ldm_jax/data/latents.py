@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from ldm_jax.config import UserError
+from ldm_jax.config import UserError, commit, write_json
 from ldm_jax.data.records import decode_example, encode_example
 
 FORMAT_VERSION = 1
@@ -101,7 +101,7 @@ class CacheWriter:
         header = _read_json(self.directory / HEADER)
         if header is not None and header.get("fingerprint") != meta["fingerprint"]:
             raise _stale(self.directory, header.get("fingerprint"), meta["fingerprint"])
-        _write_json(self.directory / HEADER, self.meta)
+        write_json(self.directory / HEADER, self.meta)
 
     def examples(self, shard: int) -> range:
         """Indices of the examples that a shard holds."""
@@ -144,7 +144,7 @@ class CacheWriter:
             expected = len(self.examples(shard)) * self.views
             if added != expected:
                 raise ValueError(f"shard {shard} takes {expected} examples (views included), {added} were added")
-            _commit(temporary, final)
+            commit(temporary, final)
 
     def finish(self) -> None:
         """Marks the cache as complete, and removes what killed writers left.
@@ -157,7 +157,7 @@ class CacheWriter:
             raise ValueError(f"{self.directory}: {len(missing)} shards are not written, the first is {missing[0]}")
         for leftover in self.directory.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        _write_json(self.directory / MARKER, self.meta)
+        write_json(self.directory / MARKER, self.meta)
 
 
 class LatentCache:
@@ -263,28 +263,6 @@ def _stale(directory: Path, found: str | None, wanted: str) -> UserError:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _reporting_disk_errors(path.parent), _removed_on_error(temporary):
-        temporary.write_text(json.dumps(value, indent=2))
-        _commit(temporary, path)
-
-
-def _commit(temporary: Path, final: Path) -> None:
-    """Renames a written file once its bytes, and then its name, are on the disk."""
-    _synchronise(temporary)
-    temporary.replace(final)
-    _synchronise(final.parent)
-
-
-def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ldm_jax.config import write_bytes
+
 FILE = "metrics.jsonl"
 
 
@@ -27,12 +29,7 @@ def cut(path: Path, last_step: int) -> None:
             continue
         if isinstance(record, dict) and record.get("step", math.inf) <= last_step:
             kept.append(line + b"\n")
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_bytes(path, b"".join(kept))
 
 
 class MetricWriter:
