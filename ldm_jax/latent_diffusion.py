@@ -396,8 +396,9 @@ def read_info(path: str | Path) -> dict[str, Any]:
         info = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise UserError(f"{file} is not of format {FORMAT}, which this version reads")
+    found = info.get("format") if isinstance(info, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{file} has format {found}; this version reads format {FORMAT}")
     return info
 
 
