@@ -4,8 +4,8 @@
 
 Presets are those of configs/txt2img.py, and `scaled`: the paper's text model with narrower networks. Stage 1 runs with the discriminator.
 `--compare diffusers` runs the same update with diffusers' networks in torch (eager) in the same process, by turns with ours.
-Prints one line of JSON: images a second (of the best block: what else runs only slows down), TFLOP a second, peak memory, seconds of compilation, the peer's rate
-and the ratio.
+Prints one line of JSON: images a second (of the best block, as what else runs only slows down), TFLOP a second, peak memory, seconds of
+compilation, the peer's rate and the ratio.
 """
 
 import argparse
