@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file, save_file
 
 import ldm_jax
@@ -19,6 +18,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion, load_model, to_uint8
 from ldm_jax.training import state as states
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.run import model_info, versions
+from tests import tiny
 
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
 

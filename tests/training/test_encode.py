@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.latents import MARKER
 from ldm_jax.training import encode
 from ldm_jax.training.encode import Encoder, ensure_cache, fingerprint, latent_scale, latent_statistics
+from tests import tiny
 
 SOURCE = tiny.Pictures()  # 64 examples: batches of 24 leave a last one of 16
 

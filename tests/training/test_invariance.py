@@ -7,11 +7,11 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from ldm_jax.sharding import rules
 from ldm_jax.sharding.mesh import make_mesh, replicated, to_global
 from ldm_jax.training import loop
+from tests import tiny
 
 STEPS = 10
 LOSSES = {

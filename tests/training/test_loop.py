@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.sharding.mesh import make_mesh
 from ldm_jax.training import loop, optimizer
 from ldm_jax.training import state as states
+from tests import tiny
 
 BATCH = 16
 
