@@ -1,6 +1,6 @@
 """Reads random latents from a cache as training does: random order, stacked batches, read ahead by threads.
 
-    python benchmarks/latents.py --workers 2
+    python -m benchmarks.latents --workers 2
 
 prints latents a second and MB/s, beside reading the same records as raw bytes in one thread.
 """
