@@ -11,7 +11,7 @@ The order of things in one turn, which resuming relies on:
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, Protocol
 
 import jax
@@ -142,8 +142,7 @@ class _Run:
         step_fn = make_step(self.stage, self.mesh, state)
         for note in self.stage.notes() if start == 0 else ():
             logger.warning(note)
-        data = self.batches.iterate(start)
-        with self._progress(start) as bar:
+        with closing(self.batches.iterate(start)) as data, self._progress(start) as bar:
             for step in range(start, total):
                 self._between(state, step)
                 self._meter_for(step, state)
@@ -154,7 +153,6 @@ class _Run:
                     state, metrics = step_fn(state, to_global(batch, self.mesh), self.root, self.stage.phase(step))
                 self.meter.step()
                 self._record(step + 1, metrics, bar)
-        data.close()
         self._check_finite()
         self._preview(state, total)
         return state

@@ -148,7 +148,8 @@ def test_threads_read_ahead_and_end_with_the_iterator() -> None:
     deadline = time.monotonic() + 5
     while source.read < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert source.read == 5 and threads() == 3  # the one in use and four ahead
+    assert source.read == 5  # the one in use and four ahead
+    assert 1 <= threads() <= 3  # the pool starts a thread only where none is idle
     iterator.close()
     assert threads() == 0
 
