@@ -1,6 +1,7 @@
 """From images to latents: the statistics of the latent space, and the latent cache."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -44,14 +45,13 @@ def latent_statistics(encoder: Encoder, source: Source, limit: int, workers: int
     total = min(limit or len(source), len(source))
     first, second, count = 0.0, 0.0, 0
     batches = Batches(source, encoder.batch_size, seed=0, workers=workers)
-    data = batches.iterate(0)
-    for start in tqdm(range(0, total, encoder.batch_size), desc="latent statistics", unit="batch", mininterval=5):
-        images = next(data)["image"]
-        mean, log_var = np.split(encoder(images)[: total - start].astype(np.float64), 2, axis=-1)
-        first = first + mean.sum((0, 1, 2))
-        second = second + (mean**2 + np.exp(log_var)).sum((0, 1, 2))
-        count += mean[..., 0].size
-    data.close()
+    with closing(batches.iterate(0)) as data:
+        for start in tqdm(range(0, total, encoder.batch_size), desc="latent statistics", unit="batch", mininterval=5):
+            images = next(data)["image"]
+            mean, log_var = np.split(encoder(images)[: total - start].astype(np.float64), 2, axis=-1)
+            first = first + mean.sum((0, 1, 2))
+            second = second + (mean**2 + np.exp(log_var)).sum((0, 1, 2))
+            count += mean[..., 0].size
     center = np.asarray(first / count)
     return center, np.sqrt(np.asarray(second / count) - center**2)
 
@@ -100,14 +100,12 @@ def _write_shards(writer: CacheWriter, encoder: Encoder, source: Source, workers
     with tqdm(total=total, desc="encode", unit="image", mininterval=5, disable=jax.process_index() > 0) as bar:
         for shard in missing:
             span = writer.examples(shard)
-            data = batches.iterate(span.start // encoder.batch_size)
-            with writer.shard(shard) as add:
+            with closing(batches.iterate(span.start // encoder.batch_size)) as data, writer.shard(shard) as add:
                 for start in range(span.start, span.stop, encoder.batch_size):
                     count = min(encoder.batch_size, span.stop - start)
                     for example in _encoded(encoder, next(data), count, writer.views):
                         add(example)
                     bar.update(count)
-            data.close()
 
 
 def _encoded(encoder: Encoder, batch: dict[str, Any], count: int, views: int) -> Iterator[dict[str, Any]]:
