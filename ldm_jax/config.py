@@ -434,7 +434,6 @@ class WorkDir:
         self.path = epath.Path(path)
         self.config = self.path / "config.json"
         self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples"
         self.model = self.path / "model"
         self.latents = self.path / "latents"

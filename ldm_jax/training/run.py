@@ -51,6 +51,8 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     if "://" not in str(workdir.path):
         compilation_cache.set_cache_dir(str((workdir.path / "compilation_cache").absolute()))
         compilation_cache.reset_cache()  # whatever was compiled before, without a directory, has turned it off
+    if workdir.complete():
+        return workdir
     if config.task == "autoencoder":
         train_first_stage(config, workdir, source, mesh)
         return workdir
@@ -199,8 +201,6 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, first_s
     if config.data.cache:
         data = ensure_cache(config, workdir, Encoder(first_stage, params, _ENCODE_BATCH), source)
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
-    if workdir.complete():
-        return
     state = loop.train(stage, workdir, mesh)
     model = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config))
     if config.data.source == "shapes" and config.conditioning.text.enabled:
