@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ldm_jax.cli import keep_freed_memory
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import first_stage_run, from_command
 from ldm_jax.latent_diffusion import FirstStage, build_autoencoder, compute_dtype
@@ -185,4 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

@@ -68,4 +68,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    cli.keep_freed_memory()
     cli.guarded(main)

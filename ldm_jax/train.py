@@ -31,4 +31,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    cli.keep_freed_memory()
     cli.guarded(main)

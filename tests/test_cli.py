@@ -202,7 +202,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage = DiffusionStage(cfg, first, first_params, tiny.Moments(), tiny.tokenizer(cfg))
     params = random_like(jax.eval_shape(lambda key: stage.denoiser.init(key, stage.latent_shape), jax.random.key(0)))
     path = tmp_path_factory.mktemp("trained") / "model"
-    stage.model(params, model_info(cfg)).save(path)
+    stage.model(params, model_info(cfg, 0)).save(path)
     return path
 
 

@@ -45,7 +45,7 @@ def stage() -> Any:
 
 @pytest.fixture(scope="module")
 def model(stage: Any) -> LatentDiffusion:
-    return stage.model(random_params(stage), model_info(stage.config))
+    return stage.model(random_params(stage), model_info(stage.config, 0))
 
 
 @pytest.fixture

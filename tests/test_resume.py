@@ -20,22 +20,22 @@ LIMIT = 600  # seconds a process may take to reach the moment of its kill
 ROOT = Path(__file__).parents[1]
 
 
-def command(workdir: Path) -> list[str]:
+def command(workdir: Path, *overrides: str) -> list[str]:
     often = ["--config.train.log_every=1", "--config.first_stage.train.log_every=1"]  # so that each step shows
-    return [sys.executable, "-m", "ldm_jax.train", "--config", "configs/txt2img.py:smoke", "--workdir", str(workdir), *often]
+    return [sys.executable, "-m", "ldm_jax.train", "--config", "configs/txt2img.py:smoke", "--workdir", str(workdir), *often, *overrides]
 
 
-def start(workdir: Path, log: Path) -> subprocess.Popen:
+def start(workdir: Path, log: Path, *overrides: str) -> subprocess.Popen:
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
     env |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with log.open("a") as file:
-        return subprocess.Popen(command(workdir), cwd=ROOT, env=env, stdout=file, stderr=file)
+        return subprocess.Popen(command(workdir, *overrides), cwd=ROOT, env=env, stdout=file, stderr=file)
 
 
-def finish(workdir: Path, log: Path) -> None:
-    process = start(workdir, log)
+def finish(workdir: Path, log: Path, *overrides: str, code: int = 0) -> None:
+    process = start(workdir, log, *overrides)
     try:
-        assert process.wait(LIMIT) == 0, log.read_text()[-3000:]
+        assert process.wait(LIMIT) == code, log.read_text()[-3000:]
     finally:
         process.kill()
 
@@ -116,3 +116,18 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
             assert leaf.dtype == other[path].dtype and leaf.tobytes() == other[path].tobytes(), path
         assert losses(killed / stage) == losses(undisturbed / stage)
     assert not list(killed.glob("latents/*/.*.tmp"))
+
+    check_more_steps(undisturbed, log)
+
+
+def check_more_steps(finished: Path, log: Path) -> None:
+    """A finished run goes on when it is given more steps, and its first stage does not move under the denoiser that learnt its latents."""
+    before = {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
+    finish(finished, log, f"--config.first_stage.train.steps={STEPS + 4}", code=2)
+    assert "choose another --workdir" in log.read_text().splitlines()[-1]
+    assert before == {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
+
+    finish(finished, log, f"--config.train.steps={STEPS + 4}")
+    moved = {str(p.relative_to(finished)) for p, old in before.items() if p.read_bytes() != old}
+    assert moved == {"model/denoiser/weights.safetensors", "model/conditioner/weights.safetensors"}
+    assert json.loads((finished / "model" / "model.json").read_text())["step"] == STEPS + 4

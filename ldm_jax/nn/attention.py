@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dense, Dtype, fan_in_uniform, norm, norm_groups, zeros
+from ldm_jax.nn.layers import Array, Dense, Dtype, fan_in_uniform, gelu, norm, norm_groups, zeros
 
 # Below this many query positions the logits are small and XLA's own fusion is as fast as cuDNN's kernel.
 _FUSED_FROM = 1024
@@ -60,7 +60,7 @@ class GEGLU(nn.Module):
         width = x.shape[-1]
         h = Dense(8 * width, dtype=self.dtype, name="proj")(x)
         value, gate = jnp.split(h, 2, axis=-1)
-        h = nn.Dropout(self.dropout)(value * nn.gelu(gate, approximate=False), deterministic=deterministic)
+        h = nn.Dropout(self.dropout)(value * gelu(gate), deterministic=deterministic)
         return Dense(width, dtype=self.dtype, name="out")(h)
 
 

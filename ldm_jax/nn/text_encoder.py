@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ldm_jax.nn.attention import MultiHeadAttention
-from ldm_jax.nn.layers import Array, Dense, Dtype
+from ldm_jax.nn.layers import Array, Dense, Dtype, gelu
 
 _embedding = nn.initializers.normal(0.02)
 
@@ -39,5 +39,5 @@ class TextTransformer(nn.Module):
         for i in range(self.depth):
             x = x + MultiHeadAttention(self.num_heads, self.head_dim, self.dtype, name=f"layer_{i}_attn")(normed(f"layer_{i}_norm1", x))
             h = Dense(4 * self.width, dtype=self.dtype, name=f"layer_{i}_ff_in")(normed(f"layer_{i}_norm2", x))
-            x = x + Dense(self.width, dtype=self.dtype, name=f"layer_{i}_ff_out")(nn.gelu(h, approximate=False))
+            x = x + Dense(self.width, dtype=self.dtype, name=f"layer_{i}_ff_out")(gelu(h))
         return normed("final_norm", x)

@@ -117,7 +117,7 @@ def train(stage: Stage, workdir: WorkDir, mesh: Mesh) -> State:
         if start < config.train.steps:
             with MetricWriter(workdir.path, start) as writer, StopSignals() as signals:
                 state = _Run(stage, workdir, mesh, checkpoints, writer, signals).steps(state, start)
-        checkpoints.save(config.train.steps, state, wait=True)
+            checkpoints.save(config.train.steps, state, wait=True)
     return state
 
 

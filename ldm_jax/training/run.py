@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     if "://" not in str(workdir.path):
         compilation_cache.set_cache_dir(str((workdir.path / "compilation_cache").absolute()))
         compilation_cache.reset_cache()  # whatever was compiled before, without a directory, has turned it off
-    if workdir.complete():
+    if workdir.complete(config.train.steps):
         return workdir
     if config.task == "autoencoder":
         train_first_stage(config, workdir, source, mesh)
@@ -79,8 +79,14 @@ def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> No
     """Builds, abstractly, what the run will need, so that a wrong setting is found before anything is written. Raises UserError."""
     dtype = compute_dtype(config.train.dtype)
     first = first_stage_workdir(config, workdir)
-    if first is not None and not first.complete():
-        AutoencoderStage(configs.first_stage_run(config) if config.task == "diffusion" else config, source)
+    inner = configs.first_stage_run(config) if config.task == "diffusion" else config
+    if first is not None and not first.complete(inner.train.steps):
+        if config.task == "diffusion" and workdir.checkpoints.exists():
+            raise UserError(
+                f"first_stage.train.steps={inner.train.steps} would train the first stage in {workdir.path} further, under a denoiser"
+                " that has learnt its present latents: choose another --workdir, or the steps of before"
+            )
+        AutoencoderStage(inner, source)
     if config.task == "diffusion":
         if first is None:
             autoencoder = fitting_first_stage(config, find_model(config.first_stage.path))[0].network
@@ -115,8 +121,8 @@ def ensure_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mes
     if own is None:
         model = find_model(config.first_stage.path)
     else:
-        if not own.complete():
-            inner = configs.first_stage_run(config)
+        inner = configs.first_stage_run(config)
+        if not own.complete(inner.train.steps):
             own.claim(inner, command, versions())
             train_first_stage(inner, own, source, mesh)
         model = own.model
@@ -159,6 +165,7 @@ def train_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh
     shift, scale = latent_scale(config.first_stage.latent_scale, mean, std)
     info = {
         "task": "autoencoder",
+        "step": int(state.step),
         "resolution": config.data.resolution,
         "latent_mean": mean.tolist(),
         "latent_std": std.tolist(),
@@ -202,16 +209,16 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, first_s
         data = ensure_cache(config, workdir, Encoder(first_stage, params, _ENCODE_BATCH), source)
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
     state = loop.train(stage, workdir, mesh)
-    model = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config))
+    model = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))
     if config.data.source == "shapes" and config.conditioning.text.enabled:
         report(config, workdir, model)
     model.save(workdir.model)
 
 
-def model_info(config: ConfigDict) -> dict[str, Any]:
-    """What `model.json` says beside the latent statistics."""
+def model_info(config: ConfigDict, step: int) -> dict[str, Any]:
+    """What `model.json` says beside the latent statistics; `step` counts the updates behind the weights."""
     groups = {name: config[name].to_dict() for name in ("diffusion", "sample", "conditioning")}
-    return {"task": "diffusion", "resolution": config.data.resolution, **groups}
+    return {"task": "diffusion", "step": step, "resolution": config.data.resolution, **groups}
 
 
 def report(config: ConfigDict, workdir: WorkDir, model: LatentDiffusion) -> None:
@@ -253,4 +260,4 @@ def restore_model(path: str, step: int | None = None, ema: str | None = None, dt
     decay = ema or str(config.ema.decays[0])
     if decay not in state.ema:
         raise UserError(f"{path} has no EMA of decay {decay}; it has {', '.join(state.ema)}")
-    return stage.model(jax.device_get(state.ema[decay]), model_info(config))
+    return stage.model(jax.device_get(state.ema[decay]), model_info(config, int(state.step)))
