@@ -11,8 +11,8 @@ from ldm_jax.config import UserError
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
-# XLA's CPU backend takes its scratch memory, hundreds of megabytes, from malloc for each execution and gives it back. By default glibc returns
-# it to the kernel each time, and the page faults of the next execution cost a third of a training step.
+# XLA's CPU backend takes its scratch memory, hundreds of megabytes, from malloc for each execution and gives it back. By default glibc
+# returns it to the kernel each time, and the page faults of the next execution cost a third of a training step.
 _GLIBC_TUNABLES = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**34, "top_pad": 2**28}
 
 

@@ -443,7 +443,7 @@ class WorkDir:
         return WorkDir(self.path / "first_stage")
 
     def complete(self, steps: int) -> bool:
-        """Whether the run has left the model of at least `steps` updates: `model.json` is written last. Raises UserError where it is damaged."""
+        """Whether the run has left the model of at least `steps` updates. Raises UserError where `model.json`, written last, is damaged."""
         path = self.model / "model.json"
         if not path.exists():
             return False
