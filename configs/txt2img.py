@@ -45,20 +45,19 @@ def shapes() -> ConfigDict:
 
     first = config.first_stage
     first.update(channels=64, channel_mult=(1, 2), num_res_blocks=1, mid_attention=False, z_channels=8, latent_channels=8, patch_size=4)
-    first.loss.update(disc_start=1_800, disc_weight=0.2)
+    first.init_log_var = -6.0
+    first.loss.update(pixel="l1_l2", disc_start=1_500, disc_weight=0.1)
     first.discriminator.update(features=32, num_layers=2, norm="group")
-    first.train.update(steps=2_400, batch_size=32)
-    first.optimizer.update(
-        kind="adam", learning_rate=3e-3, schedule="cosine", warmup=100, b1=0.5, b2=0.9, weight_decay=0.0, clip_norm=0.0, decay_start=0.3
-    )
+    first.train.update(steps=2_000, batch_size=16)
+    first.optimizer.update(kind="adam", learning_rate=2e-3, schedule="cosine", warmup=100, b1=0.5, b2=0.99, weight_decay=0.0, clip_norm=0.0)
     first.ema.decays = (0.99,)
 
-    config.denoiser.update(channels=64, channel_mult=(1, 2), num_res_blocks=2, attention_levels=(1, 2), head_channels=32, scale_shift=True)
+    config.denoiser.update(channels=128, channel_mult=(1,), num_res_blocks=1, attention_levels=(1,), head_channels=32, scale_shift=True)
     config.conditioning.text.update(vocab_size=512, max_length=24, width=128, depth=2, num_heads=4, head_dim=32)
-    config.diffusion.update(process="flow", prediction="flow", time_sampling="uniform")
+    config.diffusion.update(process="flow", shift=2.0, prediction="flow", time_sampling="stratified")
     config.optimizer.update(learning_rate=1e-3, schedule="linear", warmup=150, decay_start=0.6)
     config.ema.decays = (0.999, 0.99)
-    config.train.update(steps=6_000, batch_size=32, log_every=50)
+    config.train.update(steps=6_000, batch_size=16, log_every=50)
     config.sample.update(every=2_000, prompts=PROMPTS, sampler="euler", steps=25, guidance=3.0, spacing="trailing", batch_size=50)
     config.evaluate.update(prompts=500, held_out=200, guidance=(2.0, 3.0, 4.0), guidance_prompts=32)
     config.checkpoint.update(every=500, keep=2)
@@ -74,7 +73,7 @@ def smoke() -> ConfigDict:
     config.first_stage.train.update(steps=32, batch_size=8, log_every=8)
     config.first_stage.optimizer.warmup = 4
     config.first_stage.statistics_examples = 256
-    config.denoiser.update(channels=32, num_res_blocks=1)
+    config.denoiser.update(channels=32, channel_mult=(1, 2), attention_levels=(1, 2))
     config.conditioning.text.update(width=32, depth=1, num_heads=2, head_dim=16)
     config.optimizer.warmup = 4
     config.train.update(steps=32, batch_size=8, log_every=8)
@@ -93,7 +92,7 @@ def gpu() -> ConfigDict:
     first.discriminator.update(features=64, num_layers=3)
     first.train.update(steps=4_000, batch_size=64)
     first.optimizer.update(learning_rate=5e-4)
-    config.denoiser.update(channels=192, channel_mult=(1, 2, 4), attention_levels=(2, 4), head_channels=64)
+    config.denoiser.update(channels=192, channel_mult=(1, 2, 4), num_res_blocks=2, attention_levels=(2, 4), head_channels=64)
     config.conditioning.text.update(width=512, depth=4, num_heads=8, head_dim=64)
     config.optimizer.update(learning_rate=3e-4, warmup=1_000)
     config.ema.decays = (0.9995, 0.999)

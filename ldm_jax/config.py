@@ -71,11 +71,12 @@ def first_stage() -> ConfigDict:
             "z_channels": 4,
             "latent_channels": 4,
             "patch_size": 1,
+            "init_log_var": 0.0,  # log-variance of an untrained encoder's posterior
             "dropout": 0.0,
             "latent_scale": "std",  # std (one number) | channel (mean and std of each) | a number such as 0.18215
             "statistics_examples": 10_000,  # of the training set, that the latent statistics are measured on; 0: all
             "loss": {
-                "pixel": "l1",  # l1 | l2
+                "pixel": "l1",  # l1 | l2 | l1_l2
                 "perceptual_weight": 1.0,
                 "vgg": "",  # path of VGG16 weights; without them (or `linear`) the perceptual term is off
                 "linear": "",  # path of the LPIPS linear heads

@@ -39,13 +39,14 @@ class Conv(nn.Module):
     padding: tuple[int, int] = (1, 1)
     upsample: bool = False
     kernel_init: Initializer = fan_in_uniform
+    bias_init: Initializer = zeros
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         k, channels = self.kernel_size, x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (k, k, channels, self.features))
-        bias = self.param("bias", zeros, (self.features,))
+        bias = self.param("bias", self.bias_init, (self.features,))
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
         if k == 1:
             return _matmul(x, kernel[0, 0]) + bias

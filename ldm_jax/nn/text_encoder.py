@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from ldm_jax.nn.attention import MultiHeadAttention
 from ldm_jax.nn.layers import Array, Dense, Dtype, gelu
 
-_embedding = nn.initializers.normal(0.02)
+# Large beside what an untrained layer adds, so that tokens and places differ from the first step: with the usual 0.02, the layers' uniform
+# attention drowns them, and a small model takes captions for bags of words for thousands of steps (docs/performance.md).
+_embedding = nn.initializers.normal(1.0)
 
 
 class TextTransformer(nn.Module):

@@ -27,15 +27,22 @@ from ldm_jax.nn.lpips import lpips, params_from_state_dict
 Tree = Any
 Metrics = dict[str, jax.Array]
 
+PIXEL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "l1": jnp.abs,
+    "l2": jnp.square,
+    "l1_l2": lambda difference: jnp.abs(difference) + jnp.square(difference),
+}
+
 
 @dataclass(frozen=True)
 class AutoencoderLoss:
     """Weights and kinds of the first stage's losses; the defaults are the paper's.
 
+    `pixel` "l1_l2" is the sum of both: the squares put more weight on what is wrong by much, small objects at first.
     `disc_loss` is the discriminator's ("vanilla": softplus in place of relu); the generator's is -mean D(x') with both.
     """
 
-    pixel: Literal["l1", "l2"] = "l1"
+    pixel: Literal["l1", "l2", "l1_l2"] = "l1"
     perceptual_weight: float = 1.0
     kl_weight: float = 1e-6
     disc_weight: float = 0.5
@@ -43,8 +50,8 @@ class AutoencoderLoss:
     adaptive_max: float = 1e4
 
     def __post_init__(self) -> None:
-        if self.pixel not in ("l1", "l2"):
-            raise ValueError(f"pixel loss {self.pixel!r} is neither 'l1' nor 'l2'")
+        if self.pixel not in PIXEL_LOSSES:
+            raise ValueError(f"pixel loss {self.pixel!r} is not one of {', '.join(PIXEL_LOSSES)}")
         if self.disc_loss not in ("hinge", "vanilla"):
             raise ValueError(f"discriminator loss {self.disc_loss!r} is neither 'hinge' nor 'vanilla'")
 
@@ -191,7 +198,7 @@ def _reconstruction(
 
     def nll(recon: jax.Array) -> tuple[jax.Array, Metrics]:
         difference = _wide(images) - _wide(recon)
-        pixel = jnp.mean(jnp.abs(difference) if loss.pixel == "l1" else jnp.square(difference))
+        pixel = jnp.mean(PIXEL_LOSSES[loss.pixel](difference))
         metrics = {"loss/pixel": pixel, "loss/kl": jnp.mean(outputs.kl)}
         total = pixel
         if perceptual is not None:

@@ -59,6 +59,18 @@ def test_log_variance_is_clamped() -> None:
     assert (log_var[..., 0] == 20).all() and (log_var[..., 1] == -30).all()
 
 
+def test_the_first_log_variance_is_what_was_asked_for_and_the_mean_is_left_alone() -> None:
+    x = normal(0, 1, 8, 8, 3)
+
+    def moments(init_log_var: float) -> np.ndarray:
+        network = SMALL.clone(init_log_var=init_log_var)
+        return np.asarray(jax.jit(lambda: network.apply(network.init(jax.random.key(0), x), x, method="moments"))())
+
+    plain, low = moments(0.0), moments(-6.0)
+    np.testing.assert_allclose(low[..., 3:] - plain[..., 3:], -6.0, rtol=1e-5)
+    np.testing.assert_array_equal(low[..., :3], plain[..., :3])
+
+
 def test_samples_have_the_moments_and_the_divergence_its_closed_form() -> None:
     moments = jnp.broadcast_to(jnp.array([1.5, -2.0, np.log(0.25), np.log(4.0)]), (1, 100, 100, 4))
     z = np.asarray(sample_moments(moments, jax.random.key(0)))

@@ -84,7 +84,7 @@ def _plain(
 
     def nll(params: AutoencoderParams, images: jax.Array, key: jax.Array) -> jax.Array:
         recon = networks.last(params.last, networks.forward(params.body, images, key)[0])
-        difference = jnp.abs(images - recon) if loss.pixel == "l1" else (images - recon) ** 2
+        difference = sum(jnp.abs(images - recon) ** power for power in {"l1": (1,), "l2": (2,), "l1_l2": (1, 2)}[loss.pixel])
         per_pixel = difference
         if perceptual is not None:
             per_pixel = per_pixel + loss.perceptual_weight * distance(perceptual, images, recon)[:, None, None, None]
@@ -139,8 +139,9 @@ def small_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
         (AutoencoderLoss(kl_weight=0.1), "float32", 1e-5),
         (AutoencoderLoss(kl_weight=0.1), "float64", 1e-11),
         (AutoencoderLoss("l2", 0.3, disc_weight=0.8, disc_loss="vanilla", adaptive_max=1e-3), "float64", 1e-11),
+        (AutoencoderLoss("l1_l2"), "float64", 1e-11),
     ],
-    ids=["paper in float32", "paper in float64", "l2, vanilla, clamped"],
+    ids=["paper in float32", "paper in float64", "l2, vanilla, clamped", "l1 and l2"],
 )
 def test_gradients_equal_a_plain_two_pass_implementation(loss: AutoencoderLoss, dtype: str, rtol: float) -> None:
     with jax.enable_x64(dtype == "float64"):
@@ -264,7 +265,7 @@ def test_adaptive_weight_at_its_limits() -> None:
 
 
 def test_unknown_kinds_and_bad_weight_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'l3' is neither"):
+    with pytest.raises(ValueError, match="'l3' is not one of"):
         AutoencoderLoss(pixel="l3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'wgan' is neither"):
         AutoencoderLoss(disc_loss="wgan")  # type: ignore[arg-type]
