@@ -88,8 +88,8 @@ class KLAutoencoder(nn.Module):
       num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
       attention_levels: downsampling factors with attention, besides the middle (`mid_attention`).
       z_channels, latent_channels: channels inside, and of the latent (`embed_dim` of the released configurations).
-      init_log_var: the posterior's log-variance in an untrained network. At 0, the paper's, noise hides the latents from the decoder at first;
-        -6 saves a small model half of its steps.
+      init_log_var: the posterior's log-variance in an untrained network. At 0, the paper's, noise hides the latents from the decoder at
+        first; -6 saves a small model half of its steps.
       patch_size: pixels folded into channels before the first convolution; 1 in the paper, 4 makes small models much faster on a CPU.
     """
 
