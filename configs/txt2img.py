@@ -44,12 +44,12 @@ def shapes() -> ConfigDict:
     config.data.update(source="shapes", resolution=64, size=60_000, counts=(1, 2, 3))
 
     first = config.first_stage
-    first.update(channels=64, channel_mult=(1, 2), num_res_blocks=1, mid_attention=False, z_channels=8, latent_channels=8, patch_size=4)
+    first.update(channels=128, channel_mult=(1,), num_res_blocks=1, mid_attention=False, z_channels=8, latent_channels=8, patch_size=8)
     first.init_log_var = -6.0
-    first.loss.update(pixel="l1_l2", disc_start=1_500, disc_weight=0.1)
+    first.loss.update(pixel="l1_l2", disc_start=2_400, disc_weight=0.1)
     first.discriminator.update(features=32, num_layers=2, norm="group")
-    first.train.update(steps=2_000, batch_size=16)
-    first.optimizer.update(kind="adam", learning_rate=2e-3, schedule="cosine", warmup=100, b1=0.5, b2=0.99, weight_decay=0.0, clip_norm=0.0)
+    first.train.update(steps=3_200, batch_size=16)
+    first.optimizer.update(kind="adam", learning_rate=2e-3, schedule="cosine", warmup=100, b1=0.9, b2=0.99, weight_decay=0.0, clip_norm=0.0)
     first.ema.decays = (0.99,)
 
     config.denoiser.update(channels=128, channel_mult=(1,), num_res_blocks=1, attention_levels=(1,), head_channels=32, scale_shift=True)
@@ -67,7 +67,7 @@ def shapes() -> ConfigDict:
 def smoke() -> ConfigDict:
     config = shapes()
     config.data.update(size=512, resolution=32)
-    config.first_stage.update(channels=16, patch_size=2)
+    config.first_stage.update(channels=16, channel_mult=(1, 2), patch_size=2)
     config.first_stage.loss.disc_start = 24
     config.first_stage.discriminator.features = 8
     config.first_stage.train.update(steps=32, batch_size=8, log_every=8)
