@@ -91,7 +91,7 @@ def gpu() -> ConfigDict:
     first.loss.update(disc_start=3_000)
     first.discriminator.update(features=64, num_layers=3)
     first.train.update(steps=4_000, batch_size=64)
-    first.optimizer.update(learning_rate=5e-4)
+    first.optimizer.update(learning_rate=5e-4, b1=0.5, b2=0.9)
     config.denoiser.update(channels=192, channel_mult=(1, 2, 4), num_res_blocks=2, attention_levels=(2, 4), head_channels=64)
     config.conditioning.text.update(width=512, depth=4, num_heads=8, head_dim=64)
     config.optimizer.update(learning_rate=3e-4, warmup=1_000)
