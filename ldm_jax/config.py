@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,6 @@ def first_stage() -> ConfigDict:
             "latent_channels": 4,
             "patch_size": 1,
             "init_log_var": 0.0,  # log-variance of an untrained encoder's posterior
-            "dropout": 0.0,
             "latent_scale": "std",  # std (one number) | channel (mean and std of each) | a number such as 0.18215
             "statistics_examples": 10_000,  # of the training set, that the latent statistics are measured on; 0: all
             "loss": {
@@ -199,7 +199,8 @@ def load_file(spec: str) -> ConfigDict:
         if not hasattr(module, "get_config"):
             raise UserError(f"{path} has no get_config(preset)")
         config = module.get_config(preset) if preset else module.get_config()
-    except (AttributeError, KeyError, TypeError, SyntaxError, ImportError) as error:  # a ConfigDict's own errors name the field
+    except (AttributeError, KeyError, TypeError, ValueError, NameError, SyntaxError, ImportError) as error:
+        # a ConfigDict's own errors name the field
         reason = " ".join(str(error).split()).partition(". Other fields present")[0].lstrip("'")  # a KeyError's text is quoted
         raise UserError(f"{path}: {reason}") from error
     if not isinstance(config, ConfigDict):
@@ -326,13 +327,14 @@ def check(config: ConfigDict) -> None:
         _check_positive(config[name], f"{name}.", fields)
     text = config.conditioning.text
     _check_positive(text, "conditioning.text.", ("vocab_size", "max_length", "width", "depth", "num_heads", "head_dim"))
-    shares = {"conditioning.text.drop_rate": text.drop_rate, "denoiser.dropout": config.denoiser.dropout}
-    for name, share in {**shares, "first_stage.dropout": config.first_stage.dropout}.items():
+    for name, share in {"conditioning.text.drop_rate": text.drop_rate, "denoiser.dropout": config.denoiser.dropout}.items():
         if not 0 <= share <= 1:
             raise UserError(f"{name} is a share in [0, 1], not {share}")
     scale = config.first_stage.latent_scale
     if scale not in ("std", "channel") and not _is_positive_number(scale):
         raise UserError(f"first_stage.latent_scale {scale!r} is not std, channel or a positive number")
+    if not config.evaluate.guidance or config.evaluate.held_out < 0:
+        raise UserError("evaluate.guidance needs at least one scale, and evaluate.held_out may not be negative")
     if config.task == "autoencoder" or not config.first_stage.path:
         check_resolution(config, config.first_stage.patch_size * 2 ** (len(config.first_stage.channel_mult) - 1))
 
@@ -373,7 +375,8 @@ def first_stage_run(config: ConfigDict) -> ConfigDict:
     return run.lock()
 
 
-# Fields that may differ between the first run and the one that resumes it: they change neither weights nor what data comes when.
+# Fields that may differ between the first run and the one that resumes it: they change neither the form of the state nor what data comes
+# when. (`steps` stretches a schedule that decays; whose first stage a denoiser has is looked at when it goes on: `check_latents`.)
 _FREE = re.compile(
     r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan)|data\.(path|latents|workers)"
     r"|first_stage\.(path|loss\.(vgg|linear))"
@@ -398,6 +401,17 @@ def commit(temporary: Path, final: Path) -> None:
     _synchronise(temporary)
     os.replace(temporary, final)
     _synchronise(final.parent)
+
+
+def replace_directory(new: Path, final: Path) -> None:
+    """Puts a complete directory in the place of another; a kill between leaves the other under `.NAME.old`, and nothing half-made."""
+    old = final.parent / f".{final.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(new, final)
+    _synchronise(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _synchronise(path: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors.numpy import save as save_safetensors
 
 from ldm_jax.conditioning.conditioner import Arrays, Conditioner, Conditioning, TextConditioner
 from ldm_jax.conditioning.tokenizer import Tokenizer
-from ldm_jax.config import UserError, write_bytes, write_json
+from ldm_jax.config import UserError, replace_directory, write_bytes, write_json
 from ldm_jax.diffusion.guidance import guided
 from ldm_jax.diffusion.process import Process, make_process
 from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
@@ -325,8 +325,15 @@ class LatentDiffusion:
         return self.denoiser
 
     def save(self, path: str | Path) -> None:
-        """Writes a model directory; `model.json`, written last, makes it complete."""
-        root = epath.Path(path)
+        """Writes a model directory; `model.json`, written last, makes it complete. A model that is there stays until then."""
+        final = epath.Path(path)
+        # Object storage has no rename: there the old model ends here.
+        in_place = "://" in str(final)
+        root = final if in_place else final.parent / f".{final.name}.new"
+        if in_place:
+            (root / "model.json").unlink(missing_ok=True)
+        elif root.exists():
+            root.rmtree()
         info = dict(self.info, format=FORMAT, shift=list(self.first_stage.shift), scale=list(self.first_stage.scale))
         _save_part(root / "first_stage", _settings(self.first_stage.network, "kl"), self.params["first_stage"])
         if self.denoiser is not None:
@@ -336,6 +343,8 @@ class LatentDiffusion:
                 if isinstance(c, TextConditioner):
                     write_bytes(root / "conditioner" / "tokenizer.json", c.tokenizer.to_json().encode())
         write_json(root / "model.json", info)
+        if not in_place:
+            replace_directory(Path(root), Path(final))
 
 
 def _sampler_settings(

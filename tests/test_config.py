@@ -137,11 +137,12 @@ def test_a_stored_configuration_of_another_version_is_bad_input(path: str, value
         ("x = 1", "get_config"),
         ("def get_config():\n    return 3", "ConfigDict"),
         ("def get_config(:", "line 1"),
+        ("steps = 3\ndef get_config():\n    return stepz", "stepz"),
         ("from ldm_jax.config import base\ndef get_config():\n    c = base()\n    c.x = 1\n    return c", 'Key "x"'),
         ("import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({'seed': 1})", "task"),
         ("from ldm_jax.config import base\ndef get_config():\n    return base()", "positional"),
     ],
-    ids=["locked", "no function", "no config", "syntax", "extra field", "missing fields", "takes no preset"],
+    ids=["locked", "no function", "no config", "syntax", "unknown name", "extra field", "missing fields", "takes no preset"],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path: Path, source: str, message: str) -> None:
     path = tmp_path / "mine.py"
@@ -173,6 +174,8 @@ def test_a_wrong_file_is_one_clear_line(tmp_path: Path, source: str, message: st
         ("sample.every", "0", "sample.every"),
         ("conditioning.text.drop_rate", "1.5", "drop_rate"),
         ("optimizer.learning_rate", "-1", "learning_rate"),
+        ("evaluate.guidance", "()", "evaluate.guidance"),
+        ("evaluate.held_out", "-1", "evaluate.held_out"),
     ],
 )
 def test_checks_before_anything_is_built(path: str, text: str, message: str) -> None:

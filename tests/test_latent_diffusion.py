@@ -69,6 +69,24 @@ def test_a_saved_model_is_the_same_model(model: LatentDiffusion, saved: Path) ->
     np.testing.assert_array_equal(again.sample(prompts=PROMPTS, seed=3), model.sample(prompts=PROMPTS, seed=3))
 
 
+def test_a_model_stays_until_the_next_is_complete(model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model"
+    model.save(path)
+    before = {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+    def full(*_: Any) -> None:
+        raise UserError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr("ldm_jax.latent_diffusion.write_json", full)
+        model.save(path)
+    assert before == {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    model.info["step"] = 7
+    model.save(path)
+    assert json.loads((path / "model.json").read_text())["step"] == 7
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_the_model_directory_has_the_layout_of_the_contract(saved: Path) -> None:
     files = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
     parts = {f"{part}/{name}" for part in ("first_stage", "denoiser", "conditioner") for name in ("config.json", "weights.safetensors")}

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 KILLS = int(os.environ.get("LDM_JAX_KILLS", "5"))  # in each stage
 STEPS = 32
@@ -126,6 +128,14 @@ def check_more_steps(finished: Path, log: Path) -> None:
     finish(finished, log, f"--config.first_stage.train.steps={STEPS + 4}", code=2)
     assert "choose another --workdir" in log.read_text().splitlines()[-1]
     assert before == {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
+
+    other = finished.parent / "other_first_stage"
+    shutil.copytree(finished / "first_stage" / "model", other)
+    weights = load_file(other / "first_stage" / "weights.safetensors")
+    weights["conv_out.bias"] = weights["conv_out.bias"] + 1
+    save_file(weights, other / "first_stage" / "weights.safetensors")
+    finish(finished, log, f"--config.first_stage.path={other}", f"--config.train.steps={STEPS + 4}", code=2)
+    assert "latents of another first stage" in log.read_text().splitlines()[-1]
 
     finish(finished, log, f"--config.train.steps={STEPS + 4}")
     moved = {str(p.relative_to(finished)) for p, old in before.items() if p.read_bytes() != old}

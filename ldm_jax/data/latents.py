@@ -262,7 +262,10 @@ def _stale(directory: Path, found: str | None, wanted: str) -> UserError:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove {path.parent} and encode again") from error
 
 
 @contextmanager

@@ -20,25 +20,24 @@ class Encoder(nn.Module):
     mid_attention: bool
     z_channels: int
     patch_size: int
-    dropout: float
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array, deterministic: bool = True) -> Array:
+    def __call__(self, x: Array) -> Array:
         h = Conv(self.channels, dtype=self.dtype, name="conv_in")(space_to_depth(x, self.patch_size))
         factor = self.patch_size
         for level, mult in enumerate(self.channel_mult):
             for i in range(self.num_res_blocks):
                 name = f"down_{level}_{i}"
-                block = ResBlock(self.channels * mult, _EPS, self.dropout, zero_init=False, dtype=self.dtype, name=f"{name}_res")
-                h = block(h, None, deterministic)
+                block = ResBlock(self.channels * mult, _EPS, zero_init=False, dtype=self.dtype, name=f"{name}_res")
+                h = block(h)
                 if factor in self.attention_levels:
                     h = AttentionBlock(epsilon=_EPS, zero_init=False, dtype=self.dtype, name=f"{name}_attn")(h)
             if level + 1 < len(self.channel_mult):
                 # The reference pads right and bottom only.
                 h = Conv(h.shape[-1], stride=2, padding=(0, 1), dtype=self.dtype, name=f"down_{level}_downsample")(h)
                 factor *= 2
-        h = _middle(h, self.mid_attention, self.dropout, self.dtype, deterministic)
+        h = _middle(h, self.mid_attention, self.dtype)
         h = nn.silu(norm(self.dtype, _EPS, "norm_out", norm_groups(h.shape[-1]))(h))
         return Conv(2 * self.z_channels, dtype=self.dtype, name="conv_out")(h)
 
@@ -52,19 +51,18 @@ class Decoder(nn.Module):
     attention_levels: tuple[int, ...]
     mid_attention: bool
     patch_size: int
-    dropout: float
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, z: Array, deterministic: bool = True) -> Array:
+    def __call__(self, z: Array) -> Array:
         h = Conv(self.channels * self.channel_mult[-1], dtype=self.dtype, name="conv_in")(z)
-        h = _middle(h, self.mid_attention, self.dropout, self.dtype, deterministic)
+        h = _middle(h, self.mid_attention, self.dtype)
         factor = self.patch_size * 2 ** (len(self.channel_mult) - 1)
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 name = f"up_{level}_{i}"
-                block = ResBlock(self.channels * mult, _EPS, self.dropout, zero_init=False, dtype=self.dtype, name=f"{name}_res")
-                h = block(h, None, deterministic)
+                block = ResBlock(self.channels * mult, _EPS, zero_init=False, dtype=self.dtype, name=f"{name}_res")
+                h = block(h)
                 if factor in self.attention_levels:
                     h = AttentionBlock(epsilon=_EPS, zero_init=False, dtype=self.dtype, name=f"{name}_attn")(h)
             if level:
@@ -73,11 +71,11 @@ class Decoder(nn.Module):
         return nn.silu(norm(self.dtype, _EPS, "norm_out", norm_groups(h.shape[-1]))(h))
 
 
-def _middle(h: Array, with_attention: bool, dropout: float, dtype: Dtype, deterministic: bool) -> Array:
-    h = ResBlock(h.shape[-1], _EPS, dropout, zero_init=False, dtype=dtype, name="mid_block_1")(h, None, deterministic)
+def _middle(h: Array, with_attention: bool, dtype: Dtype) -> Array:
+    h = ResBlock(h.shape[-1], _EPS, zero_init=False, dtype=dtype, name="mid_block_1")(h)
     if with_attention:
         h = AttentionBlock(epsilon=_EPS, zero_init=False, dtype=dtype, name="mid_attn_1")(h)
-    return ResBlock(h.shape[-1], _EPS, dropout, zero_init=False, dtype=dtype, name="mid_block_2")(h, None, deterministic)
+    return ResBlock(h.shape[-1], _EPS, zero_init=False, dtype=dtype, name="mid_block_2")(h)
 
 
 class KLAutoencoder(nn.Module):
@@ -102,7 +100,6 @@ class KLAutoencoder(nn.Module):
     latent_channels: int = 4
     patch_size: int = 1
     init_log_var: float = 0.0
-    dropout: float = 0.0
     dtype: Dtype = jnp.float32
 
     @property
@@ -119,8 +116,8 @@ class KLAutoencoder(nn.Module):
 
     def setup(self) -> None:
         shared = (self.channels, self.channel_mult, self.num_res_blocks, self.attention_levels, self.mid_attention)
-        self.encoder = Encoder(*shared, self.z_channels, self.patch_size, self.dropout, self.dtype)
-        self.decoder = Decoder(*shared, self.patch_size, self.dropout, self.dtype)
+        self.encoder = Encoder(*shared, self.z_channels, self.patch_size, self.dtype)
+        self.decoder = Decoder(*shared, self.patch_size, self.dtype)
         self.quant_conv = Conv(2 * self.latent_channels, 1, bias_init=self._moments_bias, dtype=self.dtype)
         self.post_quant_conv = Conv(self.z_channels, 1, dtype=self.dtype)
         self.conv_out = Conv(3 * self.patch_size**2, dtype=self.dtype)
@@ -128,28 +125,28 @@ class KLAutoencoder(nn.Module):
     def _moments_bias(self, key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
         return jnp.repeat(jnp.array([0.0, self.init_log_var], dtype), shape[0] // 2)
 
-    def moments(self, images: Array, deterministic: bool = True) -> Array:
+    def moments(self, images: Array) -> Array:
         """[B,H,W,3] to [B,h,w,2c]: mean and log-variance (clamped to [-30, 20]) of the posterior, in at least float32."""
-        m = self.quant_conv(self.encoder(images.astype(self.dtype), deterministic))
+        m = self.quant_conv(self.encoder(images.astype(self.dtype)))
         mean, log_var = jnp.split(m.astype(jnp.promote_types(self.dtype, jnp.float32)), 2, axis=-1)
         return jnp.concatenate([mean, jnp.clip(log_var, -30.0, 20.0)], axis=-1)
 
-    def features(self, z: Array, deterministic: bool = True) -> Array:
+    def features(self, z: Array) -> Array:
         """Raw latents [B,h,w,c] to what the last convolution reads."""
-        return self.decoder(self.post_quant_conv(z.astype(self.dtype)), deterministic)
+        return self.decoder(self.post_quant_conv(z.astype(self.dtype)))
 
     def head(self, features: Array) -> Array:
         """The last convolution: features to images [B,H,W,3], not clipped, in at least float32."""
         x = depth_to_space(self.conv_out(features), self.patch_size)
         return x.astype(jnp.promote_types(self.dtype, jnp.float32))
 
-    def decode(self, z: Array, deterministic: bool = True) -> Array:
+    def decode(self, z: Array) -> Array:
         """Raw latents [B,h,w,c] to images [B,H,W,3], not clipped."""
-        return self.head(self.features(z, deterministic))
+        return self.head(self.features(z))
 
-    def __call__(self, images: Array, deterministic: bool = True) -> Array:
-        mean, _ = jnp.split(self.moments(images, deterministic), 2, axis=-1)
-        return self.decode(mean, deterministic)
+    def __call__(self, images: Array) -> Array:
+        mean, _ = jnp.split(self.moments(images), 2, axis=-1)
+        return self.decode(mean)
 
 
 def sample_moments(moments: Array, key: jax.Array) -> Array:

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run: `every` steps, the newest `keep` of them kept (None: all)."""
 
-    def __init__(self, directory: str | os.PathLike[str], every: int, keep: int | None = 2) -> None:
-        """Opens `directory`, making it where there is none.
+    def __init__(self, directory: str | os.PathLike[str], every: int, keep: int | None = 2, read_only: bool = False) -> None:
+        """Opens `directory`, making it where there is none; `read_only` where another process may be writing there.
 
         Raises:
             UserError: `every` or `keep` is not positive.
@@ -39,7 +39,10 @@ class Checkpoints:
         self._every = every
         self._damaged: list[int] = []
         self._at: int | None = None  # the step last saved or restored here
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        if read_only:  # Orbax's own default would remove what another process is about to complete
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         with self._disk_errors():
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, item_handlers=ocp.StandardCheckpointHandler()

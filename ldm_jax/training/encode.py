@@ -38,7 +38,7 @@ class Encoder:
 
 
 def latent_statistics(encoder: Encoder, source: Source, limit: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float64 [c] each, of posterior samples over `limit` examples (0: all) in the run's order.
+    """Mean and standard deviation, float64 [c] each, of posterior samples over `limit` examples (0: all) of the shuffled training set.
 
     Exact over the posterior: E[z] = E[mean], Var[z] = E[mean^2 + var] - E[z]^2.
     """

@@ -117,7 +117,9 @@ def train(stage: Stage, workdir: WorkDir, mesh: Mesh) -> State:
         if start < config.train.steps:
             with MetricWriter(workdir.path, start) as writer, StopSignals() as signals:
                 state = _Run(stage, workdir, mesh, checkpoints, writer, signals).steps(state, start)
-            checkpoints.save(config.train.steps, state, wait=True)
+                checkpoints.save(config.train.steps, state, wait=True)
+                if signals.requested:
+                    raise Stopped(f"stopped after the last step of the {stage.name}; the same command goes on from there")
     return state
 
 

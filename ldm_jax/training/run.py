@@ -1,5 +1,6 @@
 """A whole run: first stage, latents, denoiser, table and model, each skipped where it is already complete."""
 
+import json
 import logging
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from ldm_jax import config as configs
 from ldm_jax.conditioning.conditioner import Conditioning
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
-from ldm_jax.data.latents import LatentCache
+from ldm_jax.data.latents import LatentCache, weights_fingerprint
 from ldm_jax.data.pipeline import stack
 from ldm_jax.data.sources import Source, make_source
 from ldm_jax.evaluation.oracle import format_table, score_table
@@ -81,7 +82,7 @@ def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> No
     first = first_stage_workdir(config, workdir)
     inner = configs.first_stage_run(config) if config.task == "diffusion" else config
     if first is not None and not first.complete(inner.train.steps):
-        if config.task == "diffusion" and workdir.checkpoints.exists():
+        if config.task == "diffusion" and _latents_of(workdir).exists():
             raise UserError(
                 f"first_stage.train.steps={inner.train.steps} would train the first stage in {workdir.path} further, under a denoiser"
                 " that has learnt its present latents: choose another --workdir, or the steps of before"
@@ -201,8 +202,25 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
     return Tokenizer.load(path, text.max_length)
 
 
+def check_latents(workdir: WorkDir, params: Params) -> None:
+    """Raises UserError where the denoiser in `workdir` has learnt the latents of another first stage than that of `params`."""
+    path = _latents_of(workdir)
+    if path.exists() and json.loads(path.read_text())["first_stage"] != weights_fingerprint(params):
+        raise UserError(
+            f"the denoiser in {workdir.path} has learnt the latents of another first stage: give that one, or choose another --workdir"
+        )
+
+
+def _latents_of(workdir: WorkDir) -> Any:
+    """Names the weights of the first stage whose latents the denoiser learns; written before it begins."""
+    return workdir.path / "latents_of.json"
+
+
 def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, first_stage: FirstStage, params: Params, mesh: Mesh) -> None:
     """Latents, stage 2, the oracle's table, the model."""
+    check_latents(workdir, params)
+    if not _latents_of(workdir).exists():
+        configs.write_json(_latents_of(workdir), {"first_stage": weights_fingerprint(params)})
     tokenizer = ensure_tokenizer(config, workdir, source)
     data: Source | LatentCache = source
     if config.data.cache:
@@ -247,13 +265,14 @@ def restore_model(path: str, step: int | None = None, ema: str | None = None, dt
         raise UserError(f"{path} is the work directory of an autoencoder; its model is loaded without a step, once it is complete")
     config.train.dtype = dtype
     first = find_model(config.first_stage.path or str(workdir.first_stage.path))
-    first_stage, params = load_first_stage(first, compute_dtype(dtype))
+    first_stage, first_stage_params = load_first_stage(first, compute_dtype(dtype))
     text = config.conditioning.text
     if not workdir.checkpoints.exists():
         raise UserError(f"{path} has no checkpoint yet")
     tokenizer = Tokenizer.load(workdir.path / "tokenizer.json", text.max_length) if text.enabled else None
-    stage = DiffusionStage(config, first_stage, params, [], tokenizer)  # type: ignore[arg-type]
-    with Checkpoints(workdir.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
+    stage = DiffusionStage(config, first_stage, first_stage_params, [], tokenizer)  # type: ignore[arg-type]
+    check_latents(workdir, first_stage_params)
+    with Checkpoints(workdir.checkpoints, config.checkpoint.every, read_only=True) as checkpoints:
         if checkpoints.latest() is None:
             raise UserError(f"{path} has no checkpoint yet")
         state = checkpoints.restore(loop.abstract_state(stage, make_mesh()), step)

@@ -171,6 +171,20 @@ def test_a_signal_stops_with_a_checkpoint_and_the_resume_is_bit_identical(config
     assert losses(tmp_path) == losses(tmp_path / "undisturbed") and len(losses(tmp_path)) == 12
 
 
+def test_a_signal_during_the_last_update_stops_the_run_after_its_checkpoint(config: Any, mesh: Any, tmp_path: Path) -> None:
+    """What comes after the stage, which knows nothing of this signal, is not begun."""
+
+    def stop(step: int) -> None:
+        if step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(loop.Stopped, match="after the last step"):
+        run(LineStage(config, Numbers(), stop), tmp_path, mesh)
+    assert kept(tmp_path) == [4, 8, 12]
+    again = LineStage(config, Numbers())
+    assert int(run(again, tmp_path, mesh).step) == 12 and not again.seen
+
+
 def test_metrics_after_the_restored_step_are_cut_and_written_again(config: Any, mesh: Any, tmp_path: Path) -> None:
     def die(step: int) -> None:
         if step == 11:
