@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ldm_jax.latent_diffusion import compute_dtype
 from ldm_jax.nn.layers import norm_groups
 
+_PIXEL = {"l1": torch.abs, "l2": torch.square, "l1_l2": lambda d: d.abs() + d.square()}
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -184,8 +185,7 @@ class FirstStageStep:
         loss = self.config.first_stage.loss
         with _autocast(self.config.train.dtype):
             images, recon, posterior = self._reconstruct()
-            difference = images - recon
-            nll = (difference.abs() if loss.pixel == "l1" else difference**2).sum() / len(images)
+            nll = _PIXEL[loss.pixel](images - recon).sum() / len(images)
             kl = posterior.kl().sum() / len(images)
             gan = -self.disc(recon).float().mean()
         last = self.vae.decoder.conv_out.weight

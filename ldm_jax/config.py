@@ -457,16 +457,6 @@ class WorkDir:
     def first_stage(self) -> "WorkDir":
         return WorkDir(self.path / "first_stage")
 
-    def complete(self, steps: int) -> bool:
-        """Whether the run has left the model of at least `steps` updates. Raises UserError where `model.json`, written last, is damaged."""
-        path = self.model / "model.json"
-        if not path.exists():
-            return False
-        try:
-            return bool(json.loads(path.read_text())["step"] >= steps)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read the steps of the model from {path}: {error}") from error
-
     def stored(self) -> dict[str, Any]:
         """The run's configuration, flat. Raises UserError where config.json is damaged or another program's."""
         try:

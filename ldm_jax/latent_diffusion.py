@@ -90,9 +90,7 @@ class Denoiser:
     def condition(self, params: Params, arrays: Arrays) -> Arrays:
         return self.conditioning.apply(params["conditioner"], arrays)
 
-    def denoise(
-        self, params: Params, x_t: jax.Array, t: jax.Array, condition: Arrays, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
+    def denoise(self, params: Params, x_t: jax.Array, t: jax.Array, condition: Arrays, dropout_key: jax.Array | None = None) -> jax.Array:
         """The raw prediction [B,h,w,c] for x_t at t [B] in the process's units; dropout acts where a key is given."""
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         features = self.process.time_features(t)

@@ -42,9 +42,7 @@ _COLOR_RGB = np.array(list(COLORS.values()), np.float32)
 _BACKGROUND_RGB = np.array(list(BACKGROUNDS.values()), np.uint8)
 _SUPERSAMPLE = 4
 # x0, y0, x1, y1 of each shape, in radii from its centre.
-_EXTENTS = np.array(
-    [[-1, -1, 1, 1], [-0.9, -0.9, 0.9, 0.9], [-1.05, -1, 1.05, 0.8], [-1, -1, 1, 1], [-1, -1, 1, 1]], np.float32
-)
+_EXTENTS = np.array([[-1, -1, 1, 1], [-0.9, -0.9, 0.9, 0.9], [-1.05, -1, 1.05, 0.8], [-1, -1, 1, 1], [-1, -1, 1, 1]], np.float32)
 
 
 def held_out(color: int, shape: int) -> bool:
@@ -202,24 +200,18 @@ def coverage(item: Object, resolution: int) -> tuple[tuple[slice, slice], np.nda
     return (slice(top, bottom), slice(left, right)), total.astype(np.float32) / _SUPERSAMPLE**2
 
 
-def draw(scene: Scene, resolution: int) -> np.ndarray:
-    """The picture, uint8 [resolution, resolution, 3]."""
+def draw(scene: Scene, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """The picture, uint8 [resolution, resolution, 3], and its map of classes, uint8 [resolution, resolution]: 1 + class where an object
+    covers half a pixel, else 0."""
     image = np.empty((resolution, resolution, 3), np.uint8)
     image[:] = _BACKGROUND_RGB[scene.background]
+    labels = np.zeros((resolution, resolution), np.uint8)
     for item in scene.objects:
         window, cover = coverage(item, resolution)
         under = image[window].astype(np.float32)
         image[window] = under + cover[..., None] * (_COLOR_RGB[item.color] - under) + 0.5
-    return image
-
-
-def segment(scene: Scene, resolution: int) -> np.ndarray:
-    """The map of classes, uint8 [resolution, resolution]: 1 + class where an object covers half a pixel, else 0."""
-    labels = np.zeros((resolution, resolution), np.uint8)
-    for item in scene.objects:
-        window, cover = coverage(item, resolution)
         labels[window][cover >= 0.5] = 1 + item.label
-    return labels
+    return image, labels
 
 
 def boxes(scene: Scene) -> np.ndarray:
@@ -292,12 +284,13 @@ class ShapesSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """image uint8 [r,r,3], text, label (of the largest object), boxes float32 [n,5], segmentation uint8 [r,r]."""
         scene = self.scene(index)
+        image, segmentation = draw(scene, self.resolution)
         return {
-            "image": draw(scene, self.resolution),
+            "image": image,
             "text": scene.caption(),
             "label": scene.label(),
             "boxes": boxes(scene),
-            "segmentation": segment(scene, self.resolution),
+            "segmentation": segmentation,
         }
 
     def fingerprint(self) -> str:

@@ -36,8 +36,7 @@ class PatchDiscriminator(nn.Module):
         if min(images.shape[1:3]) < smallest:
             height, width = images.shape[1:3]
             raise ValueError(
-                f"a discriminator of {self.num_layers} layers needs images of {smallest} px, not {height}x{width}: "
-                "use fewer layers"
+                f"a discriminator of {self.num_layers} layers needs images of {smallest} px, not {height}x{width}: use fewer layers"
             )
         x = nn.leaky_relu(self._conv(self.features, stride=2, use_bias=True)(images), 0.2)
         for layer in range(1, self.num_layers + 1):
@@ -52,9 +51,7 @@ class PatchDiscriminator(nn.Module):
 
     def _conv(self, channels: int, stride: int, use_bias: bool) -> nn.Conv:
         init = nn.initializers.normal(0.02)
-        return nn.Conv(
-            channels, (4, 4), (stride, stride), padding=1, use_bias=use_bias, kernel_init=init, dtype=self.dtype
-        )
+        return nn.Conv(channels, (4, 4), (stride, stride), padding=1, use_bias=use_bias, kernel_init=init, dtype=self.dtype)
 
 
 class _Norm(nn.Module):

@@ -58,8 +58,7 @@ def params_from_state_dict(state: Mapping[str, np.ndarray]) -> Params:
     arrays = {key: jnp.asarray(found[key], jnp.float32) for key in expected}
     return {
         "convolutions": [
-            {"kernel": arrays[f"features.{n}.weight"].transpose(2, 3, 1, 0), "bias": arrays[f"features.{n}.bias"]}
-            for n in _TORCH_INDEX
+            {"kernel": arrays[f"features.{n}.weight"].transpose(2, 3, 1, 0), "bias": arrays[f"features.{n}.bias"]} for n in _TORCH_INDEX
         ],
         "heads": [arrays[f"lin{k}.model.1.weight"].reshape(-1) for k in range(len(_BLOCKS))],
     }

@@ -68,9 +68,7 @@ class UNet(nn.Module):
         crossattn [B,L,D] is attended to, concat [B,h,w,C'] joins x, vector [B,D] joins the time embedding. h and w must be divisible by
         2**(levels - 1). The result is in at least float32.
         """
-        emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_0")(
-            timestep_embedding(t, self.channels).astype(self.dtype)
-        )
+        emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_0")(timestep_embedding(t, self.channels).astype(self.dtype))
         emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_2")(nn.silu(emb))
         if vector is not None:
             emb = emb + Dense(4 * self.channels, dtype=self.dtype, name="vector_embed")(vector.astype(self.dtype))

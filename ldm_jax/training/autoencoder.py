@@ -172,4 +172,3 @@ def reconstructions(stage: FirstStage, params: Any, images: np.ndarray, batch_si
     """uint8 [N,H,W,3] through the mode of the posterior and back, in batches."""
     run = jax.jit(lambda p, x: to_uint8(stage.decode(p, stage.latents(stage.moments(p, to_float(x))))))
     return np.concatenate([np.asarray(run(params, images[i : i + batch_size])) for i in range(0, len(images), batch_size)])
-

@@ -150,9 +150,7 @@ def split_gan_gradients(
     return rec_grads, gan_grads, disc_grads, rec_metrics | gan_metrics, outputs.aux
 
 
-def combine(
-    loss: AutoencoderLoss, rec_grads: AutoencoderParams, gan_grads: AutoencoderParams
-) -> tuple[AutoencoderParams, jax.Array]:
+def combine(loss: AutoencoderLoss, rec_grads: AutoencoderParams, gan_grads: AutoencoderParams) -> tuple[AutoencoderParams, jax.Array]:
     """(rec_grads + lambda gan_grads, lambda) of the averages of what `split_gan_gradients` gives."""
     weight = adaptive_weight(loss, rec_grads.last, gan_grads.last)
     return jax.tree.map(lambda rec, gan: rec + weight.astype(rec.dtype) * gan, rec_grads, gan_grads), weight
@@ -191,9 +189,7 @@ def _run(networks: Networks, params: AutoencoderParams, images: jax.Array, key: 
     return _Outputs(recon, kl, aux, pull_back_last, pull_back_body)
 
 
-def _reconstruction(
-    loss: AutoencoderLoss, perceptual: Tree | None, images: jax.Array, outputs: _Outputs
-) -> tuple[jax.Array, Metrics]:
+def _reconstruction(loss: AutoencoderLoss, perceptual: Tree | None, images: jax.Array, outputs: _Outputs) -> tuple[jax.Array, Metrics]:
     """dL_rec/dx' and the metrics of L_rec and KL."""
 
     def nll(recon: jax.Array) -> tuple[jax.Array, Metrics]:

@@ -44,9 +44,7 @@ class Checkpoints:
         else:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         with self._disk_errors():
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
-            )
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after update number `step`."""
@@ -129,9 +127,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def _read(self, step: int, abstract_state: Any) -> Any:
@@ -151,9 +147,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             # Tensorstore reports a full disk as a ValueError with the system's words in it.
             if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-                raise UserError(
-                    f"no disk space left for checkpoints in {self._directory}: free some, or lower checkpoint.keep"
-                ) from error
+                raise UserError(f"no disk space left for checkpoints in {self._directory}: free some, or lower checkpoint.keep") from error
             raise
 
 

@@ -93,9 +93,7 @@ class DiffusionStage:
         """One program serves all steps."""
         return False
 
-    def update(
-        self, state: State, batch: Mapping[str, jax.Array], frozen: Params, root: jax.Array, phase: bool
-    ) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Mapping[str, jax.Array], frozen: Params, root: jax.Array, phase: bool) -> tuple[State, Metrics]:
         """One update of denoiser and conditioners; `frozen` is the first stage where it encodes in every step. Pure."""
         draws = self._draw(state.step, batch, frozen, root)
         arrays = {k: v for k, v in batch.items() if k not in ("moments", "image")}

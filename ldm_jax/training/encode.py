@@ -28,6 +28,7 @@ class Encoder:
     def __init__(self, stage: FirstStage, params: Params, batch_size: int) -> None:
         self.mesh: Mesh = make_mesh(devices=jax.local_devices())
         self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
+        self.fingerprint = weights_fingerprint(params)
         self.params = jax.device_put(params, replicated(self.mesh))
         split = batch_sharding(self.mesh)
         self._run = jax.jit(lambda p, x: stage.moments(p, to_float(x)), in_shardings=(replicated(self.mesh), split), out_shardings=split)
@@ -67,15 +68,14 @@ def latent_scale(kind: str, mean: np.ndarray, std: np.ndarray) -> tuple[tuple[fl
     return (0.0,), (1.0 / float(kind),)
 
 
-def fingerprint(config: ConfigDict, params: Params, source: Source) -> str:
-    """What a cache of these latents is known by."""
-    weights = weights_fingerprint(jax.device_get(params))
+def fingerprint(config: ConfigDict, weights: str, source: Source) -> str:
+    """What a cache of the latents of a first stage, by the fingerprint of its weights, is known by."""
     return cache_fingerprint(weights=weights, source=source.fingerprint(), resolution=config.data.resolution, flips=config.data.flip)
 
 
 def ensure_cache(config: ConfigDict, workdir: WorkDir, encoder: Encoder, source: Source) -> LatentCache:
     """The latent cache of a run, encoded now where it is missing or unfinished. Raises UserError."""
-    mark = fingerprint(config, encoder.params, source)
+    mark = fingerprint(config, encoder.fingerprint, source)
     directory = (epath.Path(config.data.latents) if config.data.latents else workdir.latents) / mark
     if not is_complete(directory, mark):
         size = max(_SHARD // encoder.batch_size, 1) * encoder.batch_size
@@ -118,5 +118,3 @@ def _encoded(encoder: Encoder, batch: dict[str, Any], count: int, views: int) ->
         yield {**example, "moments": moments[0][i]}
         if views == 2:
             yield {**mirror(example), "moments": moments[1][i]}
-
-

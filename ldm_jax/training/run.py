@@ -29,6 +29,7 @@ from ldm_jax.latent_diffusion import (
     build_denoiser,
     compute_dtype,
     load_first_stage,
+    read_info,
 )
 from ldm_jax.sharding.mesh import check_batch, make_mesh
 from ldm_jax.training import loop, optimizer
@@ -52,7 +53,7 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     if "://" not in str(workdir.path):
         compilation_cache.set_cache_dir(str((workdir.path / "compilation_cache").absolute()))
         compilation_cache.reset_cache()  # whatever was compiled before, without a directory, has turned it off
-    if workdir.complete(config.train.steps):
+    if is_complete(workdir, config.train.steps):
         return workdir
     if config.task == "autoencoder":
         train_first_stage(config, workdir, source, mesh)
@@ -60,6 +61,11 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     stage, params = ensure_first_stage(config, workdir, source, mesh, command)
     train_denoiser(config, workdir, source, stage, params, mesh)
     return workdir
+
+
+def is_complete(workdir: WorkDir, steps: int) -> bool:
+    """Whether the run in `workdir` has left the model of at least `steps` updates. Raises UserError where `model.json` is damaged."""
+    return (workdir.model / "model.json").exists() and read_info(workdir.model).get("step", 0) >= steps
 
 
 def versions() -> dict[str, str]:
@@ -81,7 +87,7 @@ def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> No
     dtype = compute_dtype(config.train.dtype)
     first = first_stage_workdir(config, workdir)
     inner = configs.first_stage_run(config) if config.task == "diffusion" else config
-    if first is not None and not first.complete(inner.train.steps):
+    if first is not None and not is_complete(first, inner.train.steps):
         if config.task == "diffusion" and _latents_of(workdir).exists():
             raise UserError(
                 f"first_stage.train.steps={inner.train.steps} would train the first stage in {workdir.path} further, under a denoiser"
@@ -123,7 +129,7 @@ def ensure_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mes
         model = find_model(config.first_stage.path)
     else:
         inner = configs.first_stage_run(config)
-        if not own.complete(inner.train.steps):
+        if not is_complete(own, inner.train.steps):
             own.claim(inner, command, versions())
             train_first_stage(inner, own, source, mesh)
         model = own.model
@@ -202,10 +208,10 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
     return Tokenizer.load(path, text.max_length)
 
 
-def check_latents(workdir: WorkDir, params: Params) -> None:
-    """Raises UserError where the denoiser in `workdir` has learnt the latents of another first stage than that of `params`."""
+def check_latents(workdir: WorkDir, weights: str) -> None:
+    """Raises UserError where the denoiser in `workdir` has learnt the latents of a first stage of another fingerprint."""
     path = _latents_of(workdir)
-    if path.exists() and json.loads(path.read_text())["first_stage"] != weights_fingerprint(params):
+    if path.exists() and json.loads(path.read_text())["first_stage"] != weights:
         raise UserError(
             f"the denoiser in {workdir.path} has learnt the latents of another first stage: give that one, or choose another --workdir"
         )
@@ -218,13 +224,14 @@ def _latents_of(workdir: WorkDir) -> Any:
 
 def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, first_stage: FirstStage, params: Params, mesh: Mesh) -> None:
     """Latents, stage 2, the oracle's table, the model."""
-    check_latents(workdir, params)
+    encoder = Encoder(first_stage, params, _ENCODE_BATCH)
+    check_latents(workdir, encoder.fingerprint)
     if not _latents_of(workdir).exists():
-        configs.write_json(_latents_of(workdir), {"first_stage": weights_fingerprint(params)})
+        configs.write_json(_latents_of(workdir), {"first_stage": encoder.fingerprint})
     tokenizer = ensure_tokenizer(config, workdir, source)
     data: Source | LatentCache = source
     if config.data.cache:
-        data = ensure_cache(config, workdir, Encoder(first_stage, params, _ENCODE_BATCH), source)
+        data = ensure_cache(config, workdir, encoder, source)
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
     state = loop.train(stage, workdir, mesh)
     model = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))
@@ -271,7 +278,7 @@ def restore_model(path: str, step: int | None = None, ema: str | None = None, dt
         raise UserError(f"{path} has no checkpoint yet")
     tokenizer = Tokenizer.load(workdir.path / "tokenizer.json", text.max_length) if text.enabled else None
     stage = DiffusionStage(config, first_stage, first_stage_params, [], tokenizer)  # type: ignore[arg-type]
-    check_latents(workdir, first_stage_params)
+    check_latents(workdir, weights_fingerprint(first_stage_params))
     with Checkpoints(workdir.checkpoints, config.checkpoint.every, read_only=True) as checkpoints:
         if checkpoints.latest() is None:
             raise UserError(f"{path} has no checkpoint yet")

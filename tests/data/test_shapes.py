@@ -39,7 +39,7 @@ def _dense(scene: Scene, resolution: int, factor: int = 16) -> np.ndarray:
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
 def test_pictures_are_those_of_the_definition(shape: int, resolution: int) -> None:
     scene = Scene(1, (Object(2, shape, 20.3, 41.9, 11.7), Object(7, shape, 47.2, 14.6, 9.1)))
-    picture, dense = shapes.draw(scene, resolution), _dense(scene, resolution)
+    picture, dense = shapes.draw(scene, resolution)[0], _dense(scene, resolution)
     error = np.abs(picture - dense).max(-1)
     # 4 x 4 samples may miss a whole column of samples of a pixel's rim: 1/4 of the contrast of 230, and no more.
     assert error.max() <= 0.27 * 230
@@ -50,7 +50,7 @@ def test_pictures_are_those_of_the_definition(shape: int, resolution: int) -> No
 def test_colours_far_from_rims_are_exact() -> None:
     for color, rgb in enumerate(COLORS.values()):
         for background, back in enumerate(shapes.BACKGROUNDS.values()):
-            picture = shapes.draw(Scene(background, (Object(color, 1, 32, 32, 10),)), 64)
+            picture = shapes.draw(Scene(background, (Object(color, 1, 32, 32, 10),)), 64)[0]
             assert tuple(picture[32, 32]) == rgb and tuple(picture[2, 2]) == back
 
 
@@ -68,9 +68,9 @@ def test_objects_are_inside_apart_and_of_different_colours(index: int, count: tu
     for i, a in enumerate(scene.objects):
         for b in scene.objects[:i]:
             assert np.hypot(a.x - b.x, a.y - b.y) >= (a.radius + b.radius) * 1.3 + 1
-    drawn = [shapes.segment(Scene(0, (o,)), 64) > 0 for o in scene.objects]
+    drawn = [shapes.draw(Scene(0, (o,)), 64)[1] > 0 for o in scene.objects]
     assert np.sum(drawn, axis=0).max() == 1, "two objects overlap"
-    assert Counter(np.unique(shapes.segment(scene, 64)).tolist()) == Counter([0, *(1 + o.label for o in scene.objects)])
+    assert Counter(np.unique(shapes.draw(scene, 64)[1]).tolist()) == Counter([0, *(1 + o.label for o in scene.objects)])
 
 
 @settings(max_examples=150, deadline=None)
@@ -194,9 +194,7 @@ def test_the_fingerprint_names_every_setting() -> None:
     assert base.fingerprint() == ShapesSource(10, counts=[1, 2, 3]).fingerprint()
 
 
-@pytest.mark.parametrize(
-    "change", [{"size": 0}, {"seed": -1}, {"resolution": 0}, {"counts": ()}, {"counts": (4,)}, {"pairs": "some"}]
-)
+@pytest.mark.parametrize("change", [{"size": 0}, {"seed": -1}, {"resolution": 0}, {"counts": ()}, {"counts": (4,)}, {"pairs": "some"}])
 def test_bad_settings_are_one_clear_line(change: dict) -> None:
     with pytest.raises(UserError, match=r"^shapes: .* got .*$"):
         ShapesSource(**{"size": 5, **change})

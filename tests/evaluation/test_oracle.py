@@ -25,7 +25,7 @@ def _degrade(image: np.ndarray, sigma: float, noise: float, seed: int) -> np.nda
 def test_every_clean_scene_is_right(count: int, resolution: int, scenes: int) -> None:
     for index in range(scenes):
         scene = sample_scene(21, index, (count,), "all")
-        result = oracle.score(draw(scene, resolution), scene.spec())
+        result = oracle.score(draw(scene, resolution)[0], scene.spec())
         assert result["relation"] is (True if count == 2 else None), scene
         assert all(value is not False for value in result.values()), scene
 
@@ -35,8 +35,7 @@ def test_every_clean_scene_is_right(count: int, resolution: int, scenes: int) ->
 def test_blurred_and_noisy_scenes_are_right(count: int, sigma: float, noise: float, least: float) -> None:
     scenes = [sample_scene(22, index, (count,), "all") for index in range(120)]
     right = [
-        oracle.score(_degrade(draw(scene, 64), sigma, noise, i), scene.spec())["all_with_relation"]
-        for i, scene in enumerate(scenes)
+        oracle.score(_degrade(draw(scene, 64)[0], sigma, noise, i), scene.spec())["all_with_relation"] for i, scene in enumerate(scenes)
     ]
     assert np.mean(right) >= least
 
@@ -46,7 +45,7 @@ def test_readings_give_place_and_area() -> None:
     for resolution in (64, 128):
         for index in range(40):
             scene = sample_scene(23, index, (2,), "all")
-            reading = oracle.read_scene(draw(scene, resolution))
+            reading = oracle.read_scene(draw(scene, resolution)[0])
             for item in scene.objects:
                 found = next(o for o in reading.objects if o.color == item.color)
                 assert np.hypot(found.x - item.x, found.y - item.y) < 0.75
@@ -99,18 +98,18 @@ def test_a_wrong_scene_fails_in_just_what_is_wrong(fault: str) -> None:
         if scene.objects[0].shape == scene.objects[1].shape:
             continue
         tried += 1
-        result = oracle.score(_degrade(draw(change(scene), 64), 0.7, 5, index), scene.spec())
+        result = oracle.score(_degrade(draw(change(scene), 64)[0], 0.7, 5, index), scene.spec())
         assert {name for name, value in result.items() if value is False} == expected, (scene, result)
     assert tried > 20
 
 
 def test_faults_of_generated_pictures_are_no_objects_as_asked() -> None:
     spec = Spec(0, ((0, 0),))
-    disc = draw(Scene(0, (Object(0, 0, 32, 32, 14),)), 64)
+    disc = draw(Scene(0, (Object(0, 0, 32, 32, 14),)), 64)[0]
     assert oracle.score(disc, spec)["all"]
 
     two_colors = disc.copy()
-    blue = draw(Scene(0, (Object(2, 0, 32, 32, 14),)), 64)
+    blue = draw(Scene(0, (Object(2, 0, 32, 32, 14),)), 64)[0]
     two_colors[:, 32:] = blue[:, 32:]
     result = oracle.score(two_colors, spec)
     assert not result["count"] and not result["color"]
@@ -144,16 +143,16 @@ def test_rims_are_no_objects_for_any_two_colours(background: int) -> None:
         for other in range(8):
             if color != other:
                 scene = Scene(background, (Object(color, 3, 16, 30, 13), Object(other, 4, 48, 30, 13)))
-                reading = oracle.read_scene(_degrade(draw(scene, 64), 2.0, 0, 0))
+                reading = oracle.read_scene(_degrade(draw(scene, 64)[0], 2.0, 0, 0))
                 assert {o.color for o in reading.objects} == {color, other} and len(reading.objects) == 2
 
 
 def test_two_equal_objects_stand_in_either_order() -> None:
     scene = Scene(0, (Object(0, 0, 16, 32, 10), Object(0, 0, 48, 32, 10)))
     pairs = ((0, 0), (0, 0))
-    truth = [oracle.score(draw(scene, 64), Spec(0, pairs, relation))["relation"] for relation in range(4)]
+    truth = [oracle.score(draw(scene, 64)[0], Spec(0, pairs, relation))["relation"] for relation in range(4)]
     assert truth == [True, True, False, False]
-    assert oracle.score(draw(scene, 64), Spec(0, pairs))["relation"] is None
+    assert oracle.score(draw(scene, 64)[0], Spec(0, pairs))["relation"] is None
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,7 @@ def test_other_arrays_are_refused(image: np.ndarray) -> None:
 def test_the_table_counts_by_objects_and_pairs() -> None:
     scenes = [sample_scene(25, i, (1, 2), pairs) for pairs in ("seen", "held_out") for i in range(30)]
     captions = [scene.caption() for scene in scenes]
-    images = np.stack([draw(scene, 64) for scene in scenes])
+    images = np.stack([draw(scene, 64)[0] for scene in scenes])
     wrong = [i for i, s in enumerate(scenes) if len(s.objects) == 1 and not s.spec().held_out][:3]
     images[wrong] = 128
     table = oracle.score_table(images, captions)

@@ -49,11 +49,7 @@ class _Pickler(pickle._Pickler):
     """Python's own pickler, taught to write foreign names and torch's storages."""
 
     def persistent_id(self, obj: Any) -> Any:
-        return (
-            ("storage", _Global(f"torch.{obj.kind}"), obj.key, "cpu", obj.array.size)
-            if isinstance(obj, _Storage)
-            else None
-        )
+        return ("storage", _Global(f"torch.{obj.kind}"), obj.key, "cpu", obj.array.size) if isinstance(obj, _Storage) else None
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         if isinstance(obj, _Global):
@@ -244,9 +240,7 @@ def test_tensors_outside_of_their_storage_are_refused(tmp_path: Path, offset: An
 def test_storage_shorter_than_it_says_is_refused(tmp_path: Path) -> None:
     short = types.SimpleNamespace(size=100, tobytes=lambda: b"\0" * 8)
     with pytest.raises(ValueError, match="storage 0 has 8 bytes, too few for 100 x float32"):
-        load_state_dict(
-            _write(tmp_path / "x.pth", {"w": _tensor(_Storage("FloatStorage", "0", short), 0, (100,), (1,))})
-        )
+        load_state_dict(_write(tmp_path / "x.pth", {"w": _tensor(_Storage("FloatStorage", "0", short), 0, (100,), (1,))}))
 
 
 def test_truncated_files_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -264,9 +258,7 @@ def test_truncated_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @given(position=st.integers(0, 10**6), value=st.integers(0, 255))
-def test_one_changed_byte_gives_arrays_or_a_clear_error(
-    tmp_path_factory: pytest.TempPathFactory, position: int, value: int
-) -> None:
+def test_one_changed_byte_gives_arrays_or_a_clear_error(tmp_path_factory: pytest.TempPathFactory, position: int, value: int) -> None:
     path = _write(tmp_path_factory.mktemp("fuzz") / "x.pth", {"w": _of(np.arange(10, dtype=np.float32), "0")})
     content = bytearray(path.read_bytes())
     content[position % len(content)] = value

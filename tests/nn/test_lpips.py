@@ -48,9 +48,7 @@ def test_equals_a_plain_numpy_computation(params: dict) -> None:
     def convolve(x: np.ndarray, layer: dict) -> np.ndarray:
         padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (0, 1))
-        return np.maximum(
-            np.einsum("hwiab,abio->hwo", windows, np.asarray(layer["kernel"], np.float64), optimize=True), 0
-        )
+        return np.maximum(np.einsum("hwiab,abio->hwo", windows, np.asarray(layer["kernel"], np.float64), optimize=True), 0)
 
     def features(image: np.ndarray) -> list[np.ndarray]:
         x = (image - [-0.030, -0.088, -0.188]) / [0.458, 0.448, 0.450]
@@ -88,9 +86,7 @@ def test_weights_are_read_from_every_layout(params: dict, layout: str) -> None:
     if layout != "torchvision and heads":
         blocks = {n: 1 + sum(n >= start for start in (4, 9, 16, 23)) for n in _TORCH_INDEX}
         prefix = "loss.perceptual_loss." if layout == "inside a checkpoint" else ""
-        names = {
-            f"features.{n}.{kind}": f"net.slice{b}.{n}.{kind}" for n, b in blocks.items() for kind in ("weight", "bias")
-        }
+        names = {f"features.{n}.{kind}": f"net.slice{b}.{n}.{kind}" for n, b in blocks.items() for kind in ("weight", "bias")}
         state = {prefix + names.get(key, key): value for key, value in state.items()}
         state |= {prefix + "lins.0.model.1.weight": np.zeros(1), "encoder.conv_in.weight": np.zeros(3)}
     state |= {"classifier.0.weight": np.zeros((2, 2))}

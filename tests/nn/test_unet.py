@@ -29,7 +29,6 @@ def quick_compilation() -> Iterator[None]:
         yield
 
 
-
 def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 

@@ -50,6 +50,7 @@ def peer() -> Any:
             patch.setitem(sys.modules, "torchvision", package)
             patch.setitem(sys.modules, "torchvision.models", package.models)
         import lpips as package
+
         torch.manual_seed(0)
         return package.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
 

@@ -9,9 +9,7 @@ from ldm_jax.config import UserError
 from ldm_jax.sharding.mesh import batch_sharding, check_batch, make_mesh, replicated, to_global
 
 
-@pytest.mark.parametrize(
-    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (2, -1, (2, 4)), (-1, 4, (2, 4)), (1, 8, (1, 8))]
-)
+@pytest.mark.parametrize(("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (2, -1, (2, 4)), (-1, 4, (2, 4)), (1, 8, (1, 8))])
 def test_make_mesh_fills_the_devices(data, fsdp, shape):
     mesh = make_mesh(data, fsdp)
     assert mesh.axis_names == ("data", "fsdp")

@@ -77,9 +77,7 @@ def _small_lpips(params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(features(x) - features(y)), axis=(1, 2, 3))
 
 
-def _plain(
-    loss: AutoencoderLoss, networks: Networks, distance: Callable[..., jax.Array], perceptual: Tree | None
-) -> Callable[..., tuple]:
+def _plain(loss: AutoencoderLoss, networks: Networks, distance: Callable[..., jax.Array], perceptual: Tree | None) -> Callable[..., tuple]:
     """The textbook: separate losses with their own forward passes; lambda from gradients over full passes."""
 
     def nll(params: AutoencoderParams, images: jax.Array, key: jax.Array) -> jax.Array:
@@ -150,9 +148,7 @@ def test_gradients_equal_a_plain_two_pass_implementation(loss: AutoencoderLoss, 
         key = jax.random.key(4)
         run = jax.jit(lambda *args: gan_gradients(loss, networks, *args))
         grads, disc_grads, metrics, _ = run(params, disc, perceptual, images, key)
-        expected, expected_disc, weight = jax.jit(_plain(loss, networks, _small_lpips, perceptual))(
-            params, disc, images, key
-        )
+        expected, expected_disc, weight = jax.jit(_plain(loss, networks, _small_lpips, perceptual))(params, disc, images, key)
         _assert_close(grads, expected, rtol)
         _assert_close(disc_grads, expected_disc, rtol)
         np.testing.assert_allclose(metrics["adaptive_weight"], weight, rtol=rtol)
@@ -198,9 +194,7 @@ def test_reconstruction_phase_is_the_gan_phase_without_its_terms() -> None:
     def refuse(params: Tree, images: jax.Array) -> jax.Array:
         raise AssertionError("the discriminator has not started")
 
-    alone = jax.jit(
-        lambda p: reconstruction_gradients(loss, networks._replace(discriminate=refuse), p, None, images, key)
-    )
+    alone = jax.jit(lambda p: reconstruction_gradients(loss, networks._replace(discriminate=refuse), p, None, images, key))
     grads, metrics, aux = alone(params)
     _assert_close(grads, with_gan, 1e-6)
     assert set(metrics) == {"loss/nll", "loss/pixel", "loss/kl"} < set(gan_metrics)
@@ -240,18 +234,14 @@ def test_one_forward_pass_of_the_autoencoder_and_two_of_the_discriminator() -> N
         return call
 
     counting = Networks(*(counted(name) for name in Networks._fields))
-    jax.eval_shape(
-        lambda p: gan_gradients(AutoencoderLoss(), counting, p, disc, None, images, jax.random.key(4))[:3], params
-    )
+    jax.eval_shape(lambda p: gan_gradients(AutoencoderLoss(), counting, p, disc, None, images, jax.random.key(4))[:3], params)
     assert calls == {"forward": 1, "last": 1, "discriminate": 2}
 
 
 def test_losses_are_float32_and_gradients_keep_the_parameters_dtype_in_bfloat16() -> None:
     networks, params, disc, images = _setup(jnp.bfloat16)
     key = jax.random.key(4)
-    grads, disc_grads, metrics, _ = jax.eval_shape(
-        lambda p: gan_gradients(AutoencoderLoss(), networks, p, disc, None, images, key), params
-    )
+    grads, disc_grads, metrics, _ = jax.eval_shape(lambda p: gan_gradients(AutoencoderLoss(), networks, p, disc, None, images, key), params)
     assert {leaf.dtype for leaf in metrics.values()} == {jnp.dtype(jnp.float32)}
     assert {leaf.dtype for leaf in jax.tree.leaves((grads, disc_grads))} == {jnp.dtype(jnp.bfloat16)}
 

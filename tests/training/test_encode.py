@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import UserError, WorkDir
-from ldm_jax.data.latents import MARKER
+from ldm_jax.data.latents import MARKER, weights_fingerprint
 from ldm_jax.training import encode
 from ldm_jax.training.encode import Encoder, ensure_cache, fingerprint, latent_scale, latent_statistics
 from tests import tiny
@@ -119,23 +119,25 @@ def test_what_a_killed_writer_left_is_finished_and_only_that(encoder: Encoder, t
 
 def test_other_weights_data_or_settings_are_another_cache(encoder: Encoder) -> None:
     cfg = tiny.config()
-    mark = fingerprint(cfg, encoder.params, SOURCE)
-    assert fingerprint(cfg, tiny.first_stage(cfg)[1], SOURCE) == mark  # the same weights, wherever they lie
+    mark = fingerprint(cfg, encoder.fingerprint, SOURCE)
+    assert (
+        weights_fingerprint(tiny.first_stage(cfg)[1]) == encoder.fingerprint == weights_fingerprint(encoder.params)
+    )  # the same weights, wherever they lie
 
     def nudged(path: Any, leaf: Any) -> Any:
         return leaf.at[0].add(1e-6) if jax.tree_util.keystr(path) == "['conv_out']['bias']" else leaf
 
-    others = [fingerprint(cfg, jax.tree_util.tree_map_with_path(nudged, encoder.params), SOURCE)]
+    others = [fingerprint(cfg, weights_fingerprint(jax.tree_util.tree_map_with_path(nudged, encoder.params)), SOURCE)]
     for name, value in {"flip": True, "resolution": 32}.items():
         changed = tiny.config()
         changed.data[name] = value
-        others.append(fingerprint(changed, encoder.params, SOURCE))
+        others.append(fingerprint(changed, encoder.fingerprint, SOURCE))
 
     class Other(tiny.Pictures):
         def fingerprint(self) -> str:
             return "other pictures"
 
-    others.append(fingerprint(cfg, encoder.params, Other()))
+    others.append(fingerprint(cfg, encoder.fingerprint, Other()))
     assert len({mark, *others}) == 5
 
 
