@@ -57,7 +57,7 @@ def shapes() -> ConfigDict:
     config.diffusion.update(process="flow", shift=2.0, prediction="flow", time_sampling="stratified")
     config.optimizer.update(learning_rate=1e-3, schedule="linear", warmup=150, decay_start=0.6)
     config.ema.decays = (0.999, 0.99)
-    config.train.update(steps=6_000, batch_size=16, log_every=50)
+    config.train.update(steps=8_000, batch_size=16, log_every=50)
     config.sample.update(every=2_000, prompts=PROMPTS, sampler="euler", steps=25, guidance=3.0, spacing="trailing", batch_size=50)
     config.evaluate.update(prompts=500, held_out=200, guidance=(2.0, 3.0, 4.0), guidance_prompts=32)
     config.checkpoint.update(every=500, keep=2)
