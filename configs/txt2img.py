@@ -10,11 +10,17 @@ Presets:
   laion-1p4b  the paper's 1.45-billion-parameter text model (tables 2 and 15: FID 12.63 on COCO with guidance 1.5), for captioned images of
               your own: --config.data.source=folder --config.data.path=DIR. Its first stage is KL-f8; give a trained one with
               --config.first_stage.path.
+  cc-f4       the paper's text model of Conceptual Captions on VQ-f4 (404 million parameters and 186 of text; FID 16.79 by 100 DDIM steps).
+  sd1         Stable Diffusion 1.x: 860 million parameters, CLIP ViT-L/14 as it is; 512 px. Start from its weights with train.init_from.
+  sd2, sd2-v  Stable Diffusion 2.x: OpenCLIP ViT-H/14, 512 px by eps or 768 px by v.
+  sd1-inpainting  Stable Diffusion's inpainting model: sd1 that is given a picture with a hole besides. It samples and takes released
+              weights; training it needs masks, which are not here yet.
 """
 
 from ml_collections import ConfigDict
 
-from ldm_jax.config import UserError, base
+from ldm_jax import presets
+from ldm_jax.interop.text_encoders import CLIP_L14, OPENCLIP_H14
 
 PROMPTS = (
     "a red circle on a gray background",
@@ -33,34 +39,15 @@ PROMPTS = (
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-    presets = {"shapes": shapes, "smoke": smoke, "gpu": gpu, "laion-1p4b": laion_1p4b}
-    if preset not in presets:
-        raise UserError(f"configs/txt2img.py has no preset {preset!r}; it has {', '.join(presets)}")
-    return presets[preset]()
+    known = {"shapes": shapes, "smoke": smoke, "gpu": gpu, "laion-1p4b": laion_1p4b, "cc-f4": cc_f4, "sd1": sd1, "sd2": sd2, "sd2-v": sd2_v}
+    known |= {"sd1-inpainting": sd1_inpainting}
+    return presets.choose(known, preset, "configs/txt2img.py")
 
 
 def shapes() -> ConfigDict:
-    config = base()
-    config.data.update(source="shapes", resolution=64, size=60_000, counts=(1, 2, 3))
-
-    first = config.first_stage
-    first.update(channels=128, channel_mult=(1,), num_res_blocks=1, mid_attention=False, z_channels=8, latent_channels=8, patch_size=8)
-    first.init_log_var = -6.0
-    first.loss.update(pixel="l1_l2", disc_start=2_400, disc_weight=0.1)
-    first.discriminator.update(features=32, num_layers=2, norm="group")
-    first.train.update(steps=3_200, batch_size=16)
-    first.optimizer.update(kind="adam", learning_rate=2e-3, schedule="cosine", warmup=100, b1=0.9, b2=0.99, weight_decay=0.0, clip_norm=0.0)
-    first.ema.decays = (0.99,)
-
-    config.denoiser.update(channels=128, channel_mult=(1,), num_res_blocks=1, attention_levels=(1,), head_channels=32, scale_shift=True)
+    config = presets.shapes()
     config.conditioning.text.update(vocab_size=512, max_length=24, width=128, depth=2, num_heads=4, head_dim=32)
-    config.diffusion.update(process="flow", shift=2.0, prediction="flow", time_sampling="stratified")
-    config.optimizer.update(learning_rate=1e-3, schedule="linear", warmup=150, decay_start=0.6)
-    config.ema.decays = (0.999, 0.99)
-    config.train.update(steps=8_000, batch_size=16, log_every=50)
-    config.sample.update(every=2_000, prompts=PROMPTS, sampler="euler", steps=25, guidance=3.0, spacing="trailing", batch_size=50)
-    config.evaluate.update(prompts=500, held_out=200, guidance=(2.0, 3.0, 4.0), guidance_prompts=32)
-    config.checkpoint.update(every=500, keep=2)
+    config.sample.prompts = PROMPTS
     return config
 
 
@@ -103,16 +90,65 @@ def gpu() -> ConfigDict:
 
 
 def laion_1p4b() -> ConfigDict:
-    config = base()
-    config.data.update(source="folder", resolution=256)
+    config = presets.paper("kl-f8", start=0.00085, end=0.012)
     config.first_stage.update(latent_scale="0.18215")
-    config.first_stage.loss.update(disc_start=50_001)
-    config.first_stage.train.update(steps=250_000, batch_size=96)
-    config.first_stage.optimizer.update(kind="adam", learning_rate=4.5e-5, b1=0.5, b2=0.9, weight_decay=0.0, clip_norm=0.0, warmup=0)
     config.denoiser.update(channels=320, channel_mult=(1, 2, 4, 4), attention_levels=(1, 2, 4), num_heads=8, head_channels=0)
-    config.conditioning.text.update(tokenizer="bert-base-uncased", width=1280, depth=32, num_heads=8, head_dim=64)
-    config.diffusion.update(process="discrete", schedule="linear", start=0.00085, end=0.012, prediction="eps")
+    bert(config, width=1280)
     config.optimizer.update(learning_rate=1e-4, warmup=10_000)
     config.train.update(steps=390_000, batch_size=680)
-    config.sample.update(sampler="ddim", steps=250, guidance=1.5, spacing="leading")
+    config.sample.update(steps=250, guidance=1.5)
+    return config
+
+
+def bert(config: ConfigDict, width: int) -> None:
+    """The paper's text encoder: 32 layers, trained with the denoiser (table 17)."""
+    text = {
+        "kind": "transformer",
+        "tokenizer": "bert-base-uncased",
+        "vocab_size": 30_522,
+        "max_length": 77,
+        "width": width,
+        "depth": 32,
+        "num_heads": 8,
+        "head_dim": 64,
+    }
+    config.conditioning.text.update(enabled=True, drop_rate=0.1, **text)
+
+
+def cc_f4() -> ConfigDict:
+    config = presets.paper("vq-f4")
+    config.denoiser.update(channels=192, channel_mult=(1, 2, 3, 5), attention_levels=(2, 4, 8), num_heads=0, head_channels=32)
+    bert(config, width=640)
+    config.optimizer.update(learning_rate=5.6e-5)
+    config.train.update(steps=500_000, batch_size=28)
+    config.sample.update(steps=100, guidance=5.0)
+    return config
+
+
+def sd1() -> ConfigDict:
+    config = laion_1p4b()
+    config.data.resolution = 512
+    config.conditioning.text.update(kind="clip", frozen=True, tokenizer="openai/clip-vit-large-patch14", **CLIP_L14)
+    config.train.update(steps=600_000, batch_size=2048, accumulation=2)
+    config.sample.update(steps=50, guidance=7.5)
+    return config
+
+
+def sd1_inpainting() -> ConfigDict:
+    config = sd1()
+    config.conditioning.mask.update(enabled=True, style="sd")
+    return config
+
+
+def sd2() -> ConfigDict:
+    config = sd1()
+    config.denoiser.update(num_heads=0, head_channels=64)
+    config.conditioning.text.update(tokenizer="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **OPENCLIP_H14)
+    return config
+
+
+def sd2_v() -> ConfigDict:
+    config = sd2()
+    config.data.resolution = 768
+    config.diffusion.prediction = "v"
     return config

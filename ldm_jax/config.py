@@ -54,6 +54,7 @@ def train() -> ConfigDict:
             "dtype": "auto",  # auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32 | float64
             "max_nan": 10,  # updates skipped in a row for a loss that is not finite before the run stops
             "log_every": 50,
+            "init_from": "",  # a work or model directory whose weights the training starts from; gives a diffusion run its first stage too
         }
     )
 
@@ -63,7 +64,7 @@ def first_stage() -> ConfigDict:
     return ConfigDict(
         {
             "path": "",  # a work or model directory whose first stage is taken instead of training one
-            "kind": "kl",
+            "kind": "kl",  # kl | vq | identity (pixels are the latents; nothing is trained)
             "channels": 128,
             "channel_mult": (1, 2, 4, 4),
             "num_res_blocks": 2,
@@ -72,7 +73,14 @@ def first_stage() -> ConfigDict:
             "z_channels": 4,
             "latent_channels": 4,
             "patch_size": 1,
-            "init_log_var": 0.0,  # log-variance of an untrained encoder's posterior
+            "norm_groups": 0,  # of every norm; 0: 32, or fewer in narrow networks
+            "init_log_var": 0.0,  # kl: log-variance of an untrained encoder's posterior
+            "codebook": {  # vq
+                "size": 8192,
+                "beta": 0.25,  # weight of what holds the encoder to the codebook
+                "legacy_beta": False,  # beta weighs what moves the codebook instead, as in the training of the released models
+                "ema": 0.0,  # decay of the moving averages that the codebook follows in place of gradients; 0: gradients
+            },
             "latent_scale": "std",  # std (one number) | channel (mean and std of each) | a number such as 0.18215
             "statistics_examples": 10_000,  # of the training set, that the latent statistics are measured on; 0: all
             "loss": {
@@ -81,6 +89,8 @@ def first_stage() -> ConfigDict:
                 "vgg": "",  # path of VGG16 weights; without them (or `linear`) the perceptual term is off
                 "linear": "",  # path of the LPIPS linear heads
                 "kl_weight": 1e-6,
+                "codebook_weight": 1.0,
+                "reduction": "sum",  # sum (over an image's values, as the paper's KL models) | mean (as its VQ models)
                 "disc_weight": 0.5,
                 "disc_start": 50_001,  # updates before the discriminator acts
                 "disc_loss": "hinge",  # hinge | vanilla
@@ -118,7 +128,8 @@ def base() -> ConfigDict:
             },
             "first_stage": first_stage(),
             "denoiser": {
-                "kind": "unet",
+                "kind": "unet",  # unet | dit
+                # of a unet
                 "channels": 320,
                 "channel_mult": (1, 2, 4, 4),
                 "num_res_blocks": 2,
@@ -128,12 +139,25 @@ def base() -> ConfigDict:
                 "transformer_depth": 1,
                 "scale_shift": False,
                 "resblock_updown": False,
+                "vector_layers": 1,  # dense layers for conditions of the kind "vector": 0, 1 or 2
+                "norm_groups": 0,  # of every norm; 0: 32, or fewer in narrow networks
+                # of a dit
+                "width": 384,
+                "depth": 12,
+                "patch_size": 2,  # of latents
+                "learn_sigma": False,  # as many output channels again, for the variance, which is not used: what released weights have
+                "cross_attention": False,
+                "qk_norm": False,
+                "legacy_frequencies": False,  # of the time embedding, as diffusers' class has them
+                # of both
                 "dropout": 0.0,
                 "remat": "none",  # none | blocks
             },
             "conditioning": {
                 "text": {
                     "enabled": True,
+                    "kind": "transformer",  # transformer (the paper's, trained with the denoiser) | clip | t5
+                    "frozen": False,  # its weights stay as they were given by train.init_from
                     "drop_rate": 0.1,  # share of captions replaced by the empty one in training, for guidance
                     "tokenizer": "train",  # train (on the captions) | path or name of a Hugging Face tokenizer
                     "vocab_size": 1024,  # at most, of a trained tokenizer
@@ -141,8 +165,33 @@ def base() -> ConfigDict:
                     "width": 512,
                     "depth": 6,
                     "num_heads": 8,
-                    "head_dim": 64,
+                    "head_dim": 64,  # transformer, t5
+                    "activation": "quick_gelu",  # clip: quick_gelu | gelu
+                    "skip_last": 0,  # clip: 1 takes the last layer but one
+                    "ff_width": 2816,  # t5
                 },
+                "label": {
+                    "enabled": False,
+                    "num_classes": 1000,
+                    "null_class": True,  # one more row of the table, for guidance
+                    "width": 512,
+                    "to": "crossattn",  # crossattn | vector (added to the time embedding)
+                    "drop_rate": 0.1,
+                },
+                "boxes": {
+                    "enabled": False,
+                    "max_objects": 30,
+                    "vocab_size": 8192,  # classes and places share the tokens
+                    "width": 512,
+                    "depth": 16,
+                    "num_heads": 8,
+                    "head_dim": 64,
+                    "drop_rate": 0.1,
+                },
+                "segmentation": {"enabled": False, "num_classes": 182, "stages": 2, "channels": 3, "drop_rate": 0.0},
+                "low_res": {"enabled": False, "drop_rate": 0.0},
+                "mask": {"enabled": False, "style": "ldm", "drop_rate": 0.0},  # style: ldm | sd (Stable Diffusion's order of channels)
+                "neighbors": {"enabled": False, "count": 20, "width": 768, "drop_rate": 0.1},
             },
             "diffusion": {
                 "process": "discrete",  # discrete | flow
@@ -304,6 +353,8 @@ def from_command(spec: str, overrides: list[str]) -> ConfigDict:
         if not match:
             raise UserError(f"unknown argument {argument!r}; fields of the configuration are set by --config.group.field=value")
         override(config, match[1], match[2])
+    if config.task == "diffusion" and not config.first_stage.path:
+        config.first_stage.path = config.train.init_from
     check(config)
     return config
 
@@ -330,13 +381,26 @@ def check(config: ConfigDict) -> None:
     for name, share in {"conditioning.text.drop_rate": text.drop_rate, "denoiser.dropout": config.denoiser.dropout}.items():
         if not 0 <= share <= 1:
             raise UserError(f"{name} is a share in [0, 1], not {share}")
+    if text.enabled and text.frozen and not config.train.init_from:
+        raise UserError("conditioning.text.frozen leaves the text encoder as it is: give its weights with train.init_from")
     scale = config.first_stage.latent_scale
     if scale not in ("std", "channel") and not _is_positive_number(scale):
         raise UserError(f"first_stage.latent_scale {scale!r} is not std, channel or a positive number")
+    codebook = config.first_stage.codebook
+    _check_positive(codebook, "first_stage.codebook.", ("size",))
+    if not 0 <= codebook.ema < 1:
+        raise UserError(f"first_stage.codebook.ema is a decay in [0, 1), not {codebook.ema}")
+    if not 0 <= codebook.beta < math.inf:
+        raise UserError(f"first_stage.codebook.beta must be a finite number from 0 up, not {codebook.beta}")
     if not config.evaluate.guidance or config.evaluate.held_out < 0:
         raise UserError("evaluate.guidance needs at least one scale, and evaluate.held_out may not be negative")
     if config.task == "autoencoder" or not config.first_stage.path:
-        check_resolution(config, config.first_stage.patch_size * 2 ** (len(config.first_stage.channel_mult) - 1))
+        check_resolution(config, _factor(config.first_stage))
+
+
+def _factor(first_stage: ConfigDict) -> int:
+    """Pixels a latent position stands for, along each axis."""
+    return 1 if first_stage.kind == "identity" else first_stage.patch_size * 2 ** (len(first_stage.channel_mult) - 1)
 
 
 _POSITIVE = {

@@ -4,7 +4,6 @@
 their parameters and is what `ldm_jax.load` returns.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -16,25 +15,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
-from safetensors.numpy import save as save_safetensors
 
-from ldm_jax.conditioning.conditioner import Arrays, Conditioner, Conditioning, TextConditioner
+from ldm_jax.conditioning.build import Model, build_conditioning
+from ldm_jax.conditioning.conditioner import Arrays, Conditioning
+from ldm_jax.conditioning.conditioners import TextConditioner
 from ldm_jax.conditioning.tokenizer import Tokenizer
-from ldm_jax.config import UserError, replace_directory, write_bytes, write_json
+from ldm_jax.config import UserError, write_bytes
 from ldm_jax.diffusion.guidance import guided
 from ldm_jax.diffusion.process import Process, make_process
 from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
-from ldm_jax.nn.autoencoder import KLAutoencoder, sample_moments
-from ldm_jax.nn.text_encoder import TextTransformer
+from ldm_jax.model_directory import (
+    PARTS,
+    TOKENIZER,
+    Params,
+    check_shapes,
+    load_params,
+    load_settings,
+    module_settings,
+    read_info,
+    save_part,
+    writing,
+)
+from ldm_jax.nn.autoencoder import Autoencoder, IdentityAutoencoder, KLAutoencoder, VQAutoencoder
+from ldm_jax.nn.dit import DiT
 from ldm_jax.nn.unet import UNet
 from ldm_jax.sharding.mesh import make_mesh, replicated, split_host_arrays
 
-FORMAT = 1
-AUTOENCODERS: dict[str, type[KLAutoencoder]] = {"kl": KLAutoencoder}
-DENOISERS: dict[str, type[UNet]] = {"unet": UNet}
-Params = dict[str, Any]
+AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": KLAutoencoder, "vq": VQAutoencoder, "identity": IdentityAutoencoder}
+DENOISERS: dict[str, type[UNet] | type[DiT]] = {"unet": UNet, "dit": DiT}
 
 
 def apply(network: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -46,12 +54,12 @@ def apply(network: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
 class FirstStage:
     """The autoencoder with the affine map between raw and scaled latents: scaled = (raw - shift) / scale, per channel or one for all."""
 
-    network: KLAutoencoder
+    network: Autoencoder
     shift: tuple[float, ...] = (0.0,)
     scale: tuple[float, ...] = (1.0,)
 
     def moments(self, params: Params, images: jax.Array) -> jax.Array:
-        """Float images [B,H,W,3] in [-1, 1] to raw moments [B,h,w,2c] (mean, log-variance)."""
+        """Float images [B,H,W,3] in [-1, 1] to raw moments: [B,h,w,2c] (mean, log-variance), or the raw latents where they are certain."""
         return apply(self.network, params, images, method="moments")
 
     def scaled(self, raw: jax.Array) -> jax.Array:
@@ -59,7 +67,7 @@ class FirstStage:
 
     def latents(self, moments: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Scaled latents [B,h,w,c] of raw moments: the mode, or a sample where a key is given."""
-        return self.scaled(jnp.split(moments, 2, axis=-1)[0] if key is None else sample_moments(moments, key))
+        return self.scaled(self.network.sample(moments, key))
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Scaled latents [B,h,w,c] to float images [B,H,W,3], not clipped."""
@@ -74,7 +82,7 @@ class Denoiser:
     Parameters are {"denoiser": ..., "conditioner": ...}.
     """
 
-    network: UNet
+    network: UNet | DiT
     conditioning: Conditioning
     process: Process
     prediction: str
@@ -143,7 +151,7 @@ def _build(table: Mapping[str, type], group: Mapping[str, Any], where: str, **mo
     kind = group["kind"]
     if kind not in table:
         raise UserError(f"{where}.kind {kind!r} is not one of {', '.join(table)}")
-    known = {f.name for f in fields(table[kind])} - {"parent", "name", "dtype"}
+    known = {f.name for f in fields(table[kind])} - {"parent", "name", "dtype", *more}
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items() if k in known}
     module = table[kind](**settings, **more)
     try:
@@ -153,22 +161,11 @@ def _build(table: Mapping[str, type], group: Mapping[str, Any], where: str, **mo
     return module
 
 
-def build_autoencoder(group: Mapping[str, Any], dtype: Any) -> KLAutoencoder:
+def build_autoencoder(group: Mapping[str, Any], dtype: Any) -> Autoencoder:
     """The network of a `first_stage` group. Raises UserError."""
+    if "codebook" in group:
+        group = {**group, "codebook_size": group["codebook"]["size"]}
     return _build(AUTOENCODERS, group, "first_stage", dtype=dtype)
-
-
-def build_conditioning(group: Mapping[str, Any], tokenizer: Tokenizer | None, dtype: Any) -> Conditioning:
-    """The conditioners of a `conditioning` group; the tokenizer is needed where text is enabled."""
-    conditioners: list[Conditioner] = []
-    text = group["text"]
-    if text["enabled"]:
-        assert tokenizer is not None
-        network = TextTransformer(
-            tokenizer.vocab_size, text["max_length"], text["width"], text["depth"], text["num_heads"], text["head_dim"], dtype
-        )
-        conditioners.append(TextConditioner(tokenizer, network, text["drop_rate"]))
-    return Conditioning(tuple(conditioners))
 
 
 def build_process(group: Mapping[str, Any]) -> Process:
@@ -231,6 +228,22 @@ class LatentDiffusion:
     def _decode(self) -> Any:
         return jax.jit(self.first_stage.decode)
 
+    def masked(self, images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """What the input `mask` of `sample` is, from pictures with holes (section 4.5); what was in a hole is not looked at.
+
+        Args:
+          images: uint8 [N,H,W,3].
+          masks: [N,H,W], 1 in the hole and 0 outside.
+
+        Returns float32 [N,h,w,c+1]: the scaled latents of the pictures with empty holes, and the masks at their size, 1 and -1.
+        """
+        factor = self.first_stage.network.factor
+        gray = any(getattr(c, "style", "") == "sd" for c in self._needs_denoiser().conditioning.conditioners)
+        hole = masks[..., None].astype(np.float32)
+        latents = self.encode(np.asarray(to_float(jnp.asarray(images))) * (1 - hole) + (0.0 if gray else -1.0) * hole)
+        small = masks[:, ::factor, ::factor, None].astype(np.float32) * 2 - 1
+        return np.concatenate([latents, small], axis=-1)
+
     def condition(self, batch: Mapping[str, Any]) -> Arrays:
         """A batch's raw fields (`text`: list of str, ...) to the denoiser's conditioning."""
         denoiser = self._needs_denoiser()
@@ -252,16 +265,18 @@ class LatentDiffusion:
         eta: float | None = None,
         spacing: str | None = None,
         batch_size: int | None = None,
+        **inputs: Sequence[Any],
     ) -> np.ndarray:
         """Draws images, uint8 [N,H,W,3]. What is not given is the model's own default (`info["sample"]`).
 
         Args:
-          num: images; by default one for each prompt. One prompt is repeated `num` times.
+          num: images; by default one for each input. One input is repeated `num` times.
           guidance: scale of classifier-free guidance, 1 is none.
           negative: a prompt to move away from, in place of the empty one.
           prompts: one text an image.
+          **inputs: what the model's conditioners take, by their names, one an image: `label`, `boxes`, `segmentation`, ...
 
-        Image i depends on (seed, i, its prompt) alone, not on the batch it is drawn in.
+        Image i depends on (seed, i, its inputs) alone, not on the batch it is drawn in.
 
         Raises: UserError for inputs that do not go together.
         """
@@ -271,8 +286,7 @@ class LatentDiffusion:
                 raise UserError(f"{name} must be at least 1, not {value}")
         defaults = self.info["sample"]
         settings = _sampler_settings(defaults, steps, sampler, eta, spacing)
-        prompts = self._prompts(prompts, num, negative)
-        total = len(prompts) if prompts is not None else num or 1
+        given, total = self._inputs(inputs if prompts is None else {**inputs, "text": prompts}, num, negative)
         guidance = float(defaults["guidance"] if guidance is None else guidance)
         seed = defaults["seed"] if seed is None else seed
         size = min(batch_size or defaults["batch_size"], total)
@@ -280,9 +294,13 @@ class LatentDiffusion:
         images = []
         for start in range(0, total, size):
             index = np.minimum(np.arange(start, start + size), total - 1)  # the last batch is filled up, so that one program serves all
-            batch = {} if prompts is None else {"text": [prompts[i] for i in index]}
-            arrays = denoiser.conditioning.prepare(batch)
-            null = denoiser.conditioning.null(size) if negative is None else denoiser.conditioning.prepare({"text": [negative] * size})
+            try:
+                arrays = denoiser.conditioning.prepare({name: [values[i] for i in index] for name, values in given.items()})
+            except ValueError as error:
+                raise UserError(f"cannot sample: {error}") from error
+            null = denoiser.conditioning.null(size)
+            if negative is not None:
+                null |= denoiser.conditioning.prepare({"text": [negative] * size}, only="text")
             images.append(self._draw(denoiser, settings, seed, index, arrays, null, guidance)[: total - start])
         return np.concatenate(images)
 
@@ -300,22 +318,24 @@ class LatentDiffusion:
             raise UserError(f"cannot sample: {error}") from error
         return np.asarray(jax.device_get(images))
 
-    def _prompts(self, prompts: Sequence[str] | None, num: int | None, negative: str | None) -> list[str] | None:
-        """One prompt an image, or None for a model without text."""
-        takes_text = any(c.name == "text" for c in self._needs_denoiser().conditioning.conditioners)
-        if not takes_text:
-            if prompts is not None or negative is not None:
-                raise UserError("this model takes no text: leave prompts and negative prompts out")
-            return None
-        if isinstance(prompts, str):
-            raise UserError(f"prompts must be a list of texts, not the text {prompts!r}")
-        if not prompts:
-            return [""] * (num or 1)
-        if len(prompts) == 1:
-            return list(prompts) * (num or 1)
-        if num not in (None, len(prompts)):
-            raise UserError(f"{len(prompts)} prompts for {num} images: give one prompt, or one for each image")
-        return list(prompts)
+    def _inputs(self, inputs: dict[str, Any], num: int | None, negative: str | None) -> tuple[dict[str, Sequence[Any]], int]:
+        """What each conditioner is given, one for each image, and the number of images."""
+        wanted = [c.name for c in self._needs_denoiser().conditioning.conditioners]
+        unknown = sorted({*inputs, *(["text"] if negative is not None else [])} - set(wanted))
+        if unknown:
+            raise UserError(f"this model takes no {', '.join(unknown)}" + (f": it is given {', '.join(wanted)}" if wanted else ""))
+        if isinstance(inputs.get("text"), str):
+            raise UserError(f"prompts must be a list of texts, not the text {inputs['text']!r}")
+        if "text" in wanted and not inputs.get("text"):
+            inputs = {**inputs, "text": [""]}
+        if missing := [name for name in wanted if name not in inputs]:
+            raise UserError(f"this model needs {', '.join(f'{name}=[...]' for name in missing)}, one for each image")
+        total = num or max((len(values) for values in inputs.values()), default=1)
+        for name, values in inputs.items():
+            if len(values) not in (1, total):
+                what = "prompts" if name == "text" else name
+                raise UserError(f"{len(values)} {what} for {total} images: give one, or one for each image")
+        return {name: list(values) * (total if len(values) == 1 else 1) for name, values in inputs.items()}, total
 
     def _needs_denoiser(self) -> Denoiser:
         if self.denoiser is None:
@@ -323,26 +343,18 @@ class LatentDiffusion:
         return self.denoiser
 
     def save(self, path: str | Path) -> None:
-        """Writes a model directory; `model.json`, written last, makes it complete. A model that is there stays until then."""
-        final = epath.Path(path)
-        # Object storage has no rename: there the old model ends here.
-        in_place = "://" in str(final)
-        root = final if in_place else final.parent / f".{final.name}.new"
-        if in_place:
-            (root / "model.json").unlink(missing_ok=True)
-        elif root.exists():
-            root.rmtree()
-        info = dict(self.info, format=FORMAT, shift=list(self.first_stage.shift), scale=list(self.first_stage.scale))
-        _save_part(root / "first_stage", _settings(self.first_stage.network, "kl"), self.params["first_stage"])
-        if self.denoiser is not None:
-            _save_part(root / "denoiser", _settings(self.denoiser.network, "unet"), self.params["denoiser"])
-            _save_part(root / "conditioner", info["conditioning"], self.params["conditioner"])
+        """Writes a model directory; one that is there stays until this one is complete."""
+        autoencoder = self.first_stage.network
+        info = {**self.info, "shift": list(self.first_stage.shift), "scale": list(self.first_stage.scale)}
+        with writing(path, info) as root:
+            save_part(root / "first_stage", module_settings(autoencoder, AUTOENCODERS), self.params["first_stage"])
+            if self.denoiser is None:
+                return
+            save_part(root / "denoiser", module_settings(self.denoiser.network, DENOISERS), self.params["denoiser"])
+            save_part(root / "conditioner", info["conditioning"], self.params["conditioner"])
             for c in self.denoiser.conditioning.conditioners:
-                if isinstance(c, TextConditioner):
-                    write_bytes(root / "conditioner" / "tokenizer.json", c.tokenizer.to_json().encode())
-        write_json(root / "model.json", info)
-        if not in_place:
-            replace_directory(Path(root), Path(final))
+                if isinstance(c, TextConditioner) and c.tokenizer is not None:
+                    write_bytes(root / "conditioner" / TOKENIZER, c.tokenizer.to_json().encode())
 
 
 def _sampler_settings(
@@ -357,104 +369,52 @@ def _sampler_settings(
         raise UserError(f"cannot sample: {error}") from error
 
 
-def _settings(module: nn.Module, kind: str) -> dict[str, Any]:
-    values = {f.name: getattr(module, f.name) for f in fields(module) if f.name not in ("parent", "name", "dtype")}
-    return {"kind": kind, **values}
+def init_autoencoder(network: Autoencoder, key: jax.Array, resolution: int) -> Params:
+    """Fresh parameters of an autoencoder."""
+    return network.init(key, jnp.zeros((1, resolution, resolution, 3))).get("params", {})
 
 
-def _save_part(path: Path, settings: Mapping[str, Any], params: Params) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {path}: {error.strerror or error}") from error
-    flat = {".".join(k): np.asarray(jax.device_get(v)) for k, v in _flatten(params)}
-    write_bytes(path / "weights.safetensors", save_safetensors(flat))
-    write_json(path / "config.json", settings)
+def abstract_params(first_stage: FirstStage, denoiser: Denoiser | None, resolution: int) -> Params:
+    """Shapes and types of a model's parameters: {"first_stage": ..., "denoiser": ..., "conditioner": ...}."""
+    network, key = first_stage.network, jax.random.key(0)
+    params = {"first_stage": jax.eval_shape(partial(init_autoencoder, network, resolution=resolution), key)}
+    if denoiser is not None:
+        size = resolution // network.factor
+        params |= jax.eval_shape(partial(denoiser.init, latent_shape=(size, size, network.latent_channels)), key)
+    return params
 
 
-def _flatten(tree: Any, prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    if not isinstance(tree, Mapping):
-        return [(prefix, tree)]
-    return [leaf for name in sorted(tree) for leaf in _flatten(tree[name], (*prefix, name))]
-
-
-def _load_part(path: Path) -> tuple[dict[str, Any], Params]:
-    try:
-        settings = json.loads((path / "config.json").read_text())
-        flat = load_safetensors((path / "weights.safetensors").read_bytes())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path} is not a complete part of a model: {error}") from error
-    params: Params = {}
-    for name, value in flat.items():
-        *groups, leaf = name.split(".")
-        node = params
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = value.astype(np.float32)
-    return settings, params
-
-
-def read_info(path: str | Path) -> dict[str, Any]:
-    """What `model.json` of a model directory says. Raises UserError where it is missing, damaged or of another format."""
-    file = epath.Path(path) / "model.json"
-    if not file.exists():
-        raise UserError(f"{path} is not a complete model directory: it has no model.json")
-    try:
-        info = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    found = info.get("format") if isinstance(info, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{file} has format {found}; this version reads format {FORMAT}")
-    return info
+def read_networks(path: str | Path, dtype: Any) -> tuple[FirstStage, Denoiser | None, dict[str, Any]]:
+    """What a model directory holds, but for its weights: (first stage, denoiser, what `model.json` says). Raises UserError."""
+    root = epath.Path(path)
+    info = read_info(root)
+    first_stage = FirstStage(build_autoencoder(load_settings(root / "first_stage"), dtype), tuple(info["shift"]), tuple(info["scale"]))
+    if not (root / "denoiser").exists():
+        return first_stage, None, info
+    settings, group = load_settings(root / "denoiser"), load_settings(root / "conditioner")
+    tokenizer = None
+    if (root / "conditioner" / TOKENIZER).exists():
+        tokenizer = Tokenizer.load(root / "conditioner" / TOKENIZER, group["text"]["max_length"])
+    network = first_stage.network
+    about = Model(info["resolution"], network.factor, network.latent_channels, dtype, tokenizer)
+    denoiser = build_denoiser(settings, info["diffusion"], build_conditioning(group, about), network.latent_channels, dtype)
+    return first_stage, denoiser, info
 
 
 def load_first_stage(path: str | Path, dtype: Any) -> tuple[FirstStage, Params]:
     """The first stage of a model directory. Raises UserError."""
     root = epath.Path(path)
     info = read_info(root)
-    settings, params = _load_part(root / "first_stage")
-    stage = FirstStage(build_autoencoder(settings, dtype), tuple(info["shift"]), tuple(info["scale"]))
-    expected = jax.eval_shape(partial(init_autoencoder, stage.network, resolution=info["resolution"]), jax.random.key(0))
-    check_shapes(params, expected, str(root))
+    stage = FirstStage(build_autoencoder(load_settings(root / "first_stage"), dtype), tuple(info["shift"]), tuple(info["scale"]))
+    params = load_params(root / "first_stage")
+    check_shapes(params, abstract_params(stage, None, info["resolution"])["first_stage"], str(root))
     return stage, params
-
-
-def init_autoencoder(network: KLAutoencoder, key: jax.Array, resolution: int) -> Params:
-    """Fresh parameters of an autoencoder."""
-    return network.init(key, jnp.zeros((1, resolution, resolution, 3)))["params"]
-
-
-def check_shapes(params: Params, expected: Params, where: str) -> None:
-    """Raises UserError with one list of every missing, unexpected or mis-shaped tensor."""
-    there = {".".join(k): v.shape for k, v in _flatten(params)}
-    wanted = {".".join(k): v.shape for k, v in _flatten(expected)}
-    wrong = [
-        f"{name}: {there.get(name, 'missing')} there, {wanted.get(name, 'not expected')} wanted"
-        for name in sorted({*there, *wanted})
-        if there.get(name) != wanted.get(name)
-    ]
-    if wrong:
-        raise UserError(f"{where} does not fit its configuration: {'; '.join(wrong)}")
 
 
 def load_model(path: str | Path, dtype: str = "auto") -> LatentDiffusion:
     """Reads a model directory. Raises UserError where it is missing, incomplete or does not fit itself."""
-    root = epath.Path(path)
-    compute = compute_dtype(dtype)
-    first_stage, first_params = load_first_stage(root, compute)
-    info = read_info(root)
-    params: Params = {"first_stage": first_params}
-    if not (root / "denoiser").exists():
-        return LatentDiffusion(first_stage, None, params, info)
-    settings, params["denoiser"] = _load_part(root / "denoiser")
-    conditioning_group, params["conditioner"] = _load_part(root / "conditioner")
-    text = conditioning_group["text"]
-    tokenizer = Tokenizer.load(root / "conditioner" / "tokenizer.json", text["max_length"]) if text["enabled"] else None
-    conditioning = build_conditioning(conditioning_group, tokenizer, compute)
-    settings.pop("out_channels")
-    denoiser = build_denoiser(settings, info["diffusion"], conditioning, first_stage.network.latent_channels, compute)
-    model = LatentDiffusion(first_stage, denoiser, params, info)
-    expected = jax.eval_shape(partial(denoiser.init, latent_shape=model.latent_shape), jax.random.key(0))
-    check_shapes({k: params[k] for k in expected}, expected, str(root))
-    return model
+    first_stage, denoiser, info = read_networks(path, compute_dtype(dtype))
+    parts = PARTS if denoiser else PARTS[:1]
+    params = {part: load_params(epath.Path(path) / part) for part in parts}
+    check_shapes(params, abstract_params(first_stage, denoiser, info["resolution"]), str(path))
+    return LatentDiffusion(first_stage, denoiser, params, info)

@@ -167,6 +167,9 @@ def test_a_wrong_file_is_one_clear_line(tmp_path: Path, source: str, message: st
         ("optimizer.warmup", "1000000", "optimizer.warmup"),
         ("first_stage.latent_scale", "wide", "latent_scale"),
         ("first_stage.latent_scale", "0", "latent_scale"),
+        ("first_stage.codebook.size", "0", "first_stage.codebook.size must be at least 1"),
+        ("first_stage.codebook.ema", "1.0", "first_stage.codebook.ema is a decay"),
+        ("first_stage.codebook.beta", "-0.1", "first_stage.codebook.beta must be"),
         ("data.resolution", "100", "not divisible by the autoencoder's factor 8"),
         ("data.resolution", "72", "cannot be halved"),
         ("data.resolution", "0", "data.resolution"),
@@ -190,6 +193,13 @@ def test_numbers_as_latent_scale() -> None:
     for text in ("0.18215", "1", "1e-2", ".5", "1.5e3"):
         config.first_stage.latent_scale = text
         configs.check(config)
+
+
+def test_pixels_as_latents_have_no_factor() -> None:
+    config = configs.base()
+    config.data.resolution = 72  # KL-f8 would leave 9x9
+    config.first_stage.kind = "identity"
+    configs.check(config)
 
 
 def test_the_first_stage_of_a_run_is_a_run() -> None:

@@ -78,7 +78,7 @@ def test_a_model_stays_until_the_next_is_complete(model: LatentDiffusion, tmp_pa
         raise UserError("no space left")
 
     with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr("ldm_jax.latent_diffusion.write_json", full)
+        patch.setattr("ldm_jax.model_directory.write_json", full)
         model.save(path)
     assert before == {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
     model.info["step"] = 7
@@ -197,6 +197,40 @@ def test_latents_are_scaled(model: LatentDiffusion) -> None:
         model.encode(images[:, :15])
 
 
+@pytest.mark.parametrize("kind", ["vq", "identity"])
+def test_every_kind_of_first_stage_is_written_and_read(kind: str, tmp_path: Path) -> None:
+    cfg = tiny.quantised(tiny.config())
+    cfg.first_stage.kind = kind
+    first, params = tiny.first_stage(cfg)
+    model = LatentDiffusion(first, None, {"first_stage": params}, {"resolution": 16})
+    model.save(tmp_path)
+    again = load_model(tmp_path, dtype="float32")
+    assert again.first_stage == first and again.latent_shape == {"vq": (4, 4, 4), "identity": (16, 16, 3)}[kind]
+    assert jax.tree.structure(again.params) == jax.tree.structure(model.params)
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(model.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    images = tiny.Pictures()[0]["image"][None]
+    latents = model.encode(images)
+    np.testing.assert_array_equal(again.encode(images, jax.random.key(0)), latents)
+    np.testing.assert_array_equal(again.decode(latents), model.decode(latents))
+    if kind == "identity":
+        np.testing.assert_array_equal(to_uint8(model.decode(latents)), images)
+
+
+def test_scaled_vq_latents_are_quantised_in_decode() -> None:
+    cfg = tiny.quantised(tiny.config())
+    first, params = tiny.first_stage(cfg)
+    model = LatentDiffusion(first, None, {"first_stage": params}, {"resolution": 16})
+    entries = np.asarray(params["quantize"]["embedding"])
+    raw = entries[np.random.default_rng(0).integers(0, len(entries), (2, 4, 4))]
+    gap = np.sort(np.linalg.norm(entries[:, None] - entries, axis=-1), axis=1)[:, 1].min()
+    near_entries = raw + np.float32(0.2 * gap)  # off by 0.4 of the gap, over 4 channels
+    scaled = (np.stack([raw, near_entries]) - 0.1) / np.float32(0.7)
+    np.testing.assert_array_equal(model.decode(scaled[0]), model.decode(scaled[1]))
+    far = model.decode(scaled[0][:, ::-1])
+    assert np.abs(far - model.decode(scaled[0])).max() > 0
+
+
 def test_an_autoencoder_alone_has_no_samples(model: LatentDiffusion, tmp_path: Path) -> None:
     LatentDiffusion(model.first_stage, None, model.params, {"resolution": 16}).save(tmp_path)
     alone = load_model(tmp_path)
@@ -232,7 +266,7 @@ def test_weights_that_do_not_fit_are_listed_at_once(saved: Path) -> None:
 def test_a_first_stage_that_does_not_fit(saved: Path) -> None:
     file = saved / "first_stage" / "weights.safetensors"
     save_file({k: v for k, v in load_file(file).items() if not k.startswith("conv_out")}, file)
-    with pytest.raises(UserError, match=r"conv_out\.bias: missing there, \(12,\) wanted; conv_out\.kernel: missing"):
+    with pytest.raises(UserError, match=r"conv_out\.bias: missing there, \(12,\) wanted; first_stage\.conv_out\.kernel: missing"):
         load_model(saved)
 
 
@@ -255,3 +289,16 @@ def test_a_model_of_another_format(saved: Path) -> None:
     (saved / "model.json").write_text(json.dumps(info | {"format": 2}))
     with pytest.raises(UserError, match="has format 2; this version reads format 1"):
         load_model(saved)
+
+
+def test_pictures_with_holes(model: LatentDiffusion) -> None:
+    size, factor = model.info["resolution"], model.first_stage.network.factor
+    images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    masks = np.zeros((2, size, size), bool)
+    masks[0, :factor] = True
+    both = model.masked(images, masks)
+    assert both.shape == (2, *model.latent_shape[:2], model.latent_shape[2] + 1) and both.dtype == np.float32
+    np.testing.assert_array_equal(both[..., -1], np.where(np.arange(size // factor)[:, None] == 0, [[[1]], [[-1]]], -1 + 0 * both[..., -1]))
+    black = images.copy()
+    black[0, :factor] = 0
+    np.testing.assert_allclose(both[..., :-1], model.encode(black), rtol=1e-5, atol=1e-5)

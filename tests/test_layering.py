@@ -18,6 +18,8 @@ FLOORS = {
     "conditioning": 2,
     "data": 2,
     "sharding": 2,
+    "model_directory": 2,
+    "presets": 2,
     "latent_diffusion": 3,
     "interop": 4,
     "evaluation": 5,
@@ -68,7 +70,7 @@ def test_imports_come_from_floors_below(module: str) -> None:
 
 def test_every_room_has_a_floor() -> None:
     beside = {module for module in MODULES if room(module) == "front doors"}
-    assert beside == {"ldm_jax", "ldm_jax.cli", "ldm_jax.train", "ldm_jax.encode", "ldm_jax.sample"}
+    assert beside == {"ldm_jax", "ldm_jax.cli", "ldm_jax.train", "ldm_jax.encode", "ldm_jax.sample", "ldm_jax.convert"}
     assert {room(module) for module in MODULES} | {"interop"} == set(FLOORS)
 
 

@@ -37,6 +37,14 @@ def config(width: int = 8) -> ConfigDict:
     return cfg
 
 
+def quantised(cfg: ConfigDict, ema: float = 0.0) -> ConfigDict:
+    """The configuration with a VQ first stage of 32 entries, that follow moving averages where `ema` is given."""
+    cfg.first_stage.update(kind="vq")
+    cfg.first_stage.codebook.update(size=32, ema=ema)
+    cfg.first_stage.loss.reduction = "mean"
+    return cfg
+
+
 @contextmanager
 def quick_compilation() -> Iterator[None]:
     """Programs that compile in a fraction of the time and run slower: for networks that run a few times only."""

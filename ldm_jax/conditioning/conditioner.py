@@ -10,10 +10,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ldm_jax.conditioning.tokenizer import Tokenizer
-from ldm_jax.nn.text_encoder import TextTransformer
+from ldm_jax.config import UserError
 
 Arrays = dict[str, Any]
 Params = dict[str, Any]
@@ -23,7 +21,10 @@ class Conditioner(Protocol):
     """One kind of condition."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Of the condition, of its parameters, and of the batch's field that it reads."""
+        ...
+
     @property
     def drop_rate(self) -> float: ...
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
@@ -41,38 +42,25 @@ class Conditioner(Protocol):
 
 
 @dataclass(frozen=True)
-class TextConditioner:
-    """Captions through a transformer that trains with the denoiser. A batch's `text` (list of str) becomes `tokens` int32 [B,L]."""
-
-    tokenizer: Tokenizer
-    network: TextTransformer
-    drop_rate: float
-    name: str = "text"
-
-    def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        return {"tokens": self.tokenizer(batch["text"])}
-
-    def null(self, n: int) -> Arrays:
-        return {"tokens": np.repeat(self.tokenizer([""]), n, axis=0)}
-
-    def init(self, key: jax.Array) -> Params:
-        return self.network.init(key, jnp.zeros((1, self.network.max_length), jnp.int32))["params"]
-
-    def apply(self, params: Params, arrays: Arrays) -> Arrays:
-        return {"crossattn": self.network.apply({"params": params}, arrays["tokens"])}
-
-
-@dataclass(frozen=True)
 class Conditioning:
     """All conditioners of a model. `params` is a dict by conditioner name."""
 
     conditioners: Sequence[Conditioner]
 
-    def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        return {k: v for c in self.conditioners for k, v in c.prepare(batch).items()}
+    def prepare(self, batch: Mapping[str, Any], only: str | None = None) -> Arrays:
+        """The arrays of all conditioners, or of the one named `only`. Raises UserError where the batch has no field for one of them."""
+        chosen = [c for c in self.conditioners if only in (None, c.name)]
+        if missing := [c.name for c in chosen if c.name not in batch]:
+            raise UserError(f"the data gives no {', '.join(missing)}, which conditioning.{missing[0]} needs")
+        return {k: v for c in chosen for k, v in c.prepare(batch).items()}
 
     def null(self, n: int) -> Arrays:
         return {k: v for c in self.conditioners for k, v in c.null(n).items()}
+
+    def unconditional(self, arrays: Arrays) -> Arrays:
+        """What guidance moves away from: the null arrays of conditions that training dropped, an example's own of those it never did."""
+        n = len(next(iter(arrays.values()), ()))
+        return arrays | {k: v for c in self.conditioners if c.drop_rate for k, v in c.null(n).items()}
 
     def init(self, key: jax.Array) -> Params:
         return {c.name: c.init(jax.random.fold_in(key, i)) for i, c in enumerate(self.conditioners)}

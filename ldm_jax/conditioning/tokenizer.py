@@ -78,9 +78,24 @@ class Tokenizer:
     def to_json(self) -> str:
         return self._inner.to_str()
 
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the files of a `transformers.PreTrainedTokenizerFast` that gives the same ids."""
+        from transformers import PreTrainedTokenizerFast
+
+        padding = self._inner.padding or {}
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=self._inner, pad_token=padding.get("pad_token", _PAD), model_max_length=self.max_length
+        )
+        fast.save_pretrained(folder)
+
     @property
     def vocab_size(self) -> int:
         return self._inner.get_vocab_size()
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills texts up to `max_length`."""
+        return (self._inner.padding or {}).get("pad_id", 0)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [len(texts), max_length]."""

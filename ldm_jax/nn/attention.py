@@ -4,49 +4,77 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dense, Dtype, fan_in_uniform, gelu, norm, norm_groups, zeros
+from ldm_jax.nn.layers import Array, Dense, Dtype, Initializer, fan_in_uniform, gelu, norm, norm_groups, zeros
 
 # Below this many query positions the logits are small and XLA's own fusion is as fast as cuDNN's kernel.
 _FUSED_FROM = 1024
 
 
-def attention(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k^T / sqrt(D)) v for q [B,T,N,D], k and v [B,S,N,D]; softmax in at least float32. Returns [B,T,N,D] in q's dtype."""
+def attention(q: Array, k: Array, v: Array, bias: Array | None = None, scale: float | None = None) -> Array:
+    """softmax(scale q k^T + bias) v for q [B,T,N,D], k and v [B,S,N,D]; softmax in at least float32. Returns [B,T,N,D] in q's dtype.
+
+    Args:
+      bias: of a shape that broadcasts to [B,N,T,S].
+      scale: 1/sqrt(D) where None.
+    """
     head_dim = q.shape[-1]
     fused = (
-        jax.default_backend() == "gpu"
+        bias is None
+        and jax.default_backend() == "gpu"
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[1] >= _FUSED_FROM
         and head_dim % 8 == 0
         and head_dim <= 128  # the limit of every generation since Ampere, backward pass included
     )
     if fused:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
     wide = jnp.promote_types(q.dtype, jnp.float32)
     # Heads before positions: one batched matrix product, twice as fast on CPU as with the heads between.
-    q, k, v = (a.swapaxes(1, 2) for a in (q * head_dim**-0.5, k, v))
-    weights = jax.nn.softmax(jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide))
+    q, k, v = (a.swapaxes(1, 2) for a in (q * (head_dim**-0.5 if scale is None else scale), k, v))
+    logits = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide)
+    weights = jax.nn.softmax(logits if bias is None else logits + bias)
     return jnp.matmul(weights.astype(v.dtype), v).swapaxes(1, 2)
 
 
+def mask_bias(mask: Array, dtype: Dtype) -> Array:
+    """The bias for `attention` in `dtype` that lets it see only where the mask is true; 0 and the least finite number.
+
+    A query that sees nothing thus gets the mean of all values and not NaN.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jnp.where(mask, jnp.zeros((), wide), jnp.finfo(wide).min)
+
+
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention from x [B,T,C] to context [B,S,D] (None: to x itself); returns [B,T,C]. Only the output has a bias."""
+    """Multi-head attention from x [B,T,C] to context [B,S,D] (None: to x itself); returns [B,T,C].
+
+    Attributes:
+      qkv_bias, out_bias: queries, keys and values have biases; the output has one.
+      scale: of the logits, 1/sqrt(head_dim) where None.
+      qk_norm: each head's queries and keys pass an RMS norm with a learned scale, which bounds the logits (Esser et al. 2024, sec. 5.3.2).
+    """
 
     num_heads: int
     head_dim: int
     dtype: Dtype = jnp.float32
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    kernel_init: Initializer = fan_in_uniform
+    out_bias: bool = True
+    scale: float | None = None
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None = None) -> Array:
+    def __call__(self, x: Array, context: Array | None = None, bias: Array | None = None) -> Array:
         context = x if context is None else context
         inner = self.num_heads * self.head_dim
 
         def project(name: str, y: Array) -> Array:
-            y = Dense(inner, use_bias=False, dtype=self.dtype, name=name)(y)
-            return y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
+            y = Dense(inner, self.qkv_bias, self.kernel_init, self.dtype, name=name)(y)
+            y = y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
+            return nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{name}_norm")(y) if self.qk_norm and name != "v" else y
 
-        y = attention(project("q", x), project("k", context), project("v", context))
-        return Dense(x.shape[-1], dtype=self.dtype, name="out")(y.reshape(*y.shape[:2], inner))
+        y = attention(project("q", x), project("k", context), project("v", context), bias, self.scale)
+        return Dense(x.shape[-1], self.out_bias, self.kernel_init, self.dtype, name="out")(y.reshape(*y.shape[:2], inner))
 
 
 class GEGLU(nn.Module):
@@ -89,13 +117,14 @@ class SpatialTransformer(nn.Module):
     head_dim: int
     depth: int = 1
     dropout: float = 0.0
+    groups: int = 0  # of the norm; 0 is `norm_groups`' own rule
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, context: Array | None, deterministic: bool = True) -> Array:
         b, height, width, channels = x.shape
         inner = self.num_heads * self.head_dim
-        h = norm(self.dtype, 1e-6, "norm", norm_groups(channels))(x).reshape(b, height * width, channels)
+        h = norm(self.dtype, 1e-6, "norm", norm_groups(channels, self.groups))(x).reshape(b, height * width, channels)
         h = Dense(inner, dtype=self.dtype, name="proj_in")(h)
         for i in range(self.depth):
             h = TransformerBlock(self.num_heads, self.head_dim, self.dropout, self.dtype, name=f"block_{i}")(h, context, deterministic)
@@ -109,12 +138,13 @@ class AttentionBlock(nn.Module):
     num_heads: int = 1
     epsilon: float = 1e-5
     zero_init: bool = True
+    groups: int = 0  # of the norm; 0 is `norm_groups`' own rule
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         b, height, width, channels = x.shape
-        h = norm(self.dtype, self.epsilon, "norm", norm_groups(channels))(x).reshape(b, height * width, channels)
+        h = norm(self.dtype, self.epsilon, "norm", norm_groups(channels, self.groups))(x).reshape(b, height * width, channels)
         shape = (b, height * width, self.num_heads, channels // self.num_heads)
         q, k, v = (Dense(channels, dtype=self.dtype, name=n)(h).reshape(shape) for n in "qkv")
         h = attention(q, k, v).reshape(h.shape)

@@ -99,8 +99,13 @@ def norm(dtype: Dtype, epsilon: float, name: str, groups: int = 32) -> nn.GroupN
     return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def norm_groups(channels: int) -> int:
-    """32 groups as in the paper, or for narrow networks the largest power of two below that leaves at least 4 channels in a group."""
+def norm_groups(channels: int, fixed: int = 0) -> int:
+    """32 groups as in the paper, or for narrow networks the largest power of two below that leaves at least 4 channels in a group.
+
+    `fixed` is the answer where it is not 0: what networks of other programs have, however narrow they are.
+    """
+    if fixed:
+        return fixed
     groups = 32
     while groups > 1 and (channels % groups or (channels < 128 and channels // groups < 4)):
         groups //= 2
@@ -156,6 +161,7 @@ class ResBlock(nn.Module):
     Attributes:
       resample: "down" (average pooling) or "up" (nearest) inside the block, as ADM's resblock_updown; None keeps the size.
       scale_shift: the embedding scales and shifts the second norm's output instead of being added before it.
+      groups: of the norms; 0 is `norm_groups`' own rule.
     """
 
     features: int
@@ -164,17 +170,18 @@ class ResBlock(nn.Module):
     scale_shift: bool = False
     resample: str | None = None
     zero_init: bool = True
+    groups: int = 0
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, emb: Array | None = None, deterministic: bool = True) -> Array:
-        h = nn.silu(norm(self.dtype, self.epsilon, "norm1", norm_groups(x.shape[-1]))(x))
+        h = nn.silu(norm(self.dtype, self.epsilon, "norm1", norm_groups(x.shape[-1], self.groups))(x))
         if self.resample == "down":
             h, x = downsample_mean(h), downsample_mean(x)
         if self.resample == "up":
             x = upsample_nearest(x)
         h = Conv(self.features, upsample=self.resample == "up", dtype=self.dtype, name="conv1")(h)
-        second = norm(self.dtype, self.epsilon, "norm2", norm_groups(self.features))
+        second = norm(self.dtype, self.epsilon, "norm2", norm_groups(self.features, self.groups))
         if emb is None:
             h = second(h)
         else:

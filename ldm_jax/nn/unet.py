@@ -21,6 +21,9 @@ class UNet(nn.Module):
       num_heads, head_channels: give one, leave the other at 0.
       transformer_depth: blocks in each SpatialTransformer; 0 puts ADM's plain self-attention there instead.
       scale_shift, resblock_updown: as in ADM.
+      vector_layers: dense layers between `vector` and the time embedding, to which it is added: 0 for a table of classes of the embedding's
+        width, as in ADM; 1; or 2, as later text models have for pooled text and picture sizes.
+      norm_groups: of every GroupNorm; 0 is 32, or fewer in narrow networks.
       remat: "blocks" recomputes each block's activations in the backward pass.
     """
 
@@ -35,6 +38,8 @@ class UNet(nn.Module):
     scale_shift: bool = False
     resblock_updown: bool = False
     dropout: float = 0.0
+    vector_layers: int = 1
+    norm_groups: int = 0
     remat: str = "none"
     dtype: Dtype = jnp.float32
 
@@ -46,6 +51,8 @@ class UNet(nn.Module):
             raise ValueError(f"attention_levels {unmatched} match no level; the factors of this UNet are {factors}")
         if bool(self.num_heads) == bool(self.head_channels):
             raise ValueError("give one of num_heads and head_channels, and set the other to 0")
+        if self.vector_layers not in (0, 1, 2):
+            raise ValueError(f"vector_layers {self.vector_layers} is not 0, 1 or 2")
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT)}")
         for mult, factor in zip(self.channel_mult, factors, strict=True):
@@ -71,7 +78,9 @@ class UNet(nn.Module):
         emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_0")(timestep_embedding(t, self.channels).astype(self.dtype))
         emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_2")(nn.silu(emb))
         if vector is not None:
-            emb = emb + Dense(4 * self.channels, dtype=self.dtype, name="vector_embed")(vector.astype(self.dtype))
+            emb = emb + self._vector(vector.astype(self.dtype))
+        if crossattn is not None and not self.transformer_depth:
+            raise ValueError("transformer_depth=0 leaves nothing that attends to a condition; give 1 or more, or no such condition")
         if concat is not None:
             x = jnp.concatenate([x, concat.astype(x.dtype)], axis=-1)
 
@@ -108,13 +117,19 @@ class UNet(nn.Module):
                     factor //= 2
                 block += 1
 
-        h = nn.silu(norm(self.dtype, 1e-5, "out_norm", norm_groups(h.shape[-1]))(h))
+        h = nn.silu(norm(self.dtype, 1e-5, "out_norm", norm_groups(h.shape[-1], self.norm_groups))(h))
         h = Conv(self.out_channels, kernel_init=zeros, dtype=self.dtype, name="out_conv")(h)
         return h.astype(jnp.promote_types(self.dtype, jnp.float32))
 
+    def _vector(self, vector: Array) -> Array:
+        for layer in range(self.vector_layers):
+            vector = nn.silu(vector) if layer else vector
+            vector = Dense(4 * self.channels, dtype=self.dtype, name=f"vector_embed_{2 * layer}")(vector)
+        return vector
+
     def _res(self, name: str, width: int, h: Array, emb: Array, deterministic: bool, resample: str | None = None) -> Array:
         cls = nn.remat(ResBlock, static_argnums=(3,)) if self.remat == "blocks" else ResBlock
-        block = cls(width, 1e-5, self.dropout, self.scale_shift, resample, dtype=self.dtype, name=name)
+        block = cls(width, 1e-5, self.dropout, self.scale_shift, resample, groups=self.norm_groups, dtype=self.dtype, name=name)
         return block(h, emb, deterministic)
 
     def _attention(self, name: str, factor: int | None, h: Array, context: Array | None, deterministic: bool) -> Array:
@@ -125,6 +140,7 @@ class UNet(nn.Module):
         heads = self.num_heads or width // self.head_channels
         if self.transformer_depth == 0:
             plain = nn.remat(AttentionBlock) if self.remat == "blocks" else AttentionBlock
-            return plain(heads, dtype=self.dtype, name=name)(h)
+            return plain(heads, groups=self.norm_groups, dtype=self.dtype, name=name)(h)
         cls = nn.remat(SpatialTransformer, static_argnums=(3,)) if self.remat == "blocks" else SpatialTransformer
-        return cls(heads, width // heads, self.transformer_depth, self.dropout, self.dtype, name=name)(h, context, deterministic)
+        transformer = cls(heads, width // heads, self.transformer_depth, self.dropout, self.norm_groups, self.dtype, name=name)
+        return transformer(h, context, deterministic)

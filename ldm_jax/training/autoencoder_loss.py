@@ -1,12 +1,17 @@
 """The first stage's losses, and their gradients for autoencoder and discriminator from one forward pass of each.
 
-The losses are those of the paper (Rombach et al., arXiv 2112.10752, eq. 25; weights as in Esser et al., arXiv
-2012.09841, eq. 6 and 7):
+The losses are those of the paper (Rombach et al., arXiv 2112.10752, eq. 25; weights as in Esser et al., arXiv 2012.09841, eq. 6 and 7):
 
-    L_rec = 1/B sum_images [ sum_values |x - x'| + values * w_lpips * LPIPS(x, x') ] L     = L_rec + w_kl * 1/B
-    sum_images KL + lambda * L_gan,    L_gan = -mean D(x') lambda = w_disc * min(|dL_rec/dK| / (|dL_gan/dK| + 1e-4),
-    adaptive_max),    K the kernel of the decoder's last convolution L_D   = 1/2 [ mean relu(1 - D(x)) + mean relu(1 +
-    D(x')) ]
+    L_rec  = 1/B sum_images [ sum_values |x - x'| + values * w_lpips * LPIPS(x, x') ]
+    L      = L_rec + w_kl * 1/B sum_images KL + lambda * L_gan,    L_gan = -mean D(x')
+    lambda = w_disc * min(|dL_rec/dK| / (|dL_gan/dK| + 1e-4), adaptive_max),    K the kernel of the decoder's last convolution
+    L_D    = 1/2 [ mean relu(1 - D(x)) + mean relu(1 + D(x')) ]
+
+With a codebook, values * w_codebook * 1/B sum_images (codebook loss, a mean over the latent's values) takes the place of the KL term.
+
+All that is the reduction "sum". The reduction "mean", which the paper's VQ models were trained with, divides L_rec and the KL or codebook
+term by the values of an image: means of |x - x'|, LPIPS and codebook loss by their weights. lambda goes with L_rec, so that the terms
+weigh against each other as before, and what changes is their size beside `adaptive_max`, the optimiser's epsilon and a clipped norm.
 
 The network comes in two pieces: `forward` up to the input h of the last convolution, and `last`, which makes x' from h.
 So lambda needs only the two losses' gradients at x', pulled back through `last` alone, and the body is pulled back
@@ -26,6 +31,7 @@ from ldm_jax.nn.lpips import lpips, params_from_state_dict
 
 Tree = Any
 Metrics = dict[str, jax.Array]
+Penalties = dict[str, jax.Array]
 
 PIXEL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "l1": jnp.abs,
@@ -36,7 +42,7 @@ PIXEL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class AutoencoderLoss:
-    """Weights and kinds of the first stage's losses; the defaults are the paper's.
+    """Weights and kinds of the first stage's losses; the defaults are those of the paper's KL models.
 
     `pixel` "l1_l2" is the sum of both: the squares put more weight on what is wrong by much, small objects at first.
     `disc_loss` is the discriminator's ("vanilla": softplus in place of relu); the generator's is -mean D(x') with both.
@@ -48,23 +54,34 @@ class AutoencoderLoss:
     disc_weight: float = 0.5
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
     adaptive_max: float = 1e4
+    codebook_weight: float = 1.0
+    reduction: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
         if self.pixel not in PIXEL_LOSSES:
             raise ValueError(f"pixel loss {self.pixel!r} is not one of {', '.join(PIXEL_LOSSES)}")
         if self.disc_loss not in ("hinge", "vanilla"):
             raise ValueError(f"discriminator loss {self.disc_loss!r} is neither 'hinge' nor 'vanilla'")
+        if self.reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction {self.reduction!r} is neither 'sum' nor 'mean'")
+
+    def weights(self, values: int) -> dict[str, float]:
+        """What multiplies the terms of L, by the names of their metrics, for images of `values` values."""
+        total = values if self.reduction == "sum" else 1
+        return {"loss/nll": total, "loss/kl": self.kl_weight * (total / values), "codebook/loss": self.codebook_weight * total}
 
 
 class Networks(NamedTuple):
     """The functions that are trained.
 
-    forward: (body params, images [B,H,W,C], key) -> (h, KL divergence of each image's posterior [B], aux: any tree, not
-    differentiated) last: (last params, h) -> reconstruction [B,H,W,C]; its params are a dict with the convolution's
-    weight under "kernel" discriminate: (discriminator params, images) -> logits
+    forward: (body params, images [B,H,W,C], key: any tree) -> (h, penalties, aux). Penalties of each image's latents [B] go by the name of
+      their metric: "loss/kl" (KL divergence of the posterior, in nats) or "codebook/loss" (a mean over the latent's values). aux is any
+      tree, and not differentiated.
+    last: (last params, h) -> reconstruction [B,H,W,C]; its params are a dict with the convolution's weight under "kernel"
+    discriminate: (discriminator params, images) -> logits
     """
 
-    forward: Callable[[Tree, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
+    forward: Callable[[Tree, jax.Array, Any], tuple[jax.Array, Penalties, Any]]
     last: Callable[[Tree, jax.Array], jax.Array]
     discriminate: Callable[[Tree, jax.Array], jax.Array]
 
@@ -94,12 +111,12 @@ def reconstruction_gradients(
     params: AutoencoderParams,
     perceptual: Tree | None,
     images: jax.Array,
-    key: jax.Array,
+    key: Any,
 ) -> tuple[AutoencoderParams, Metrics, Any]:
-    """Gradients of L_rec + w_kl KL, the loss before the discriminator starts: (gradients, metrics, aux).
+    """Gradients of L without lambda L_gan, the loss before the discriminator starts: (gradients, metrics, aux).
 
-    `images` are floats [B,H,W,C] in [-1, 1]; `perceptual` are the parameters of LPIPS, None turns the term off. Losses
-    are in `promote_types(dtype, float32)`; metrics are scalars.
+    `images` are floats [B,H,W,C] in [-1, 1]; `perceptual` are the parameters of LPIPS, None turns the term off. Losses are in
+    `promote_types(dtype, float32)`; metrics are scalars.
     """
     outputs = _run(networks, params, images, key)
     d_rec, metrics = _reconstruction(loss, perceptual, images, outputs)
@@ -113,7 +130,7 @@ def gan_gradients(
     disc_params: Tree,
     perceptual: Tree | None,
     images: jax.Array,
-    key: jax.Array,
+    key: Any,
 ) -> tuple[AutoencoderParams, Tree, Metrics, Any]:
     """Gradients of L and of L_D at the same reconstructions: (autoencoder's, discriminator's, metrics, aux).
 
@@ -136,11 +153,11 @@ def split_gan_gradients(
     disc_params: Tree,
     perceptual: Tree | None,
     images: jax.Array,
-    key: jax.Array,
+    key: Any,
 ) -> tuple[AutoencoderParams, AutoencoderParams, Tree, Metrics, Any]:
-    """`gan_gradients` of one micro-batch: (those of L_rec + w_kl KL, those of L_gan, discriminator's, metrics, aux).
+    """`gan_gradients` of one micro-batch: (those of L without lambda L_gan, those of L_gan, discriminator's, metrics, aux).
 
-    lambda belongs to the whole batch: average all but aux over micro-batches of one size, then call `combine`.
+    lambda belongs to the whole batch: average over micro-batches of one size, then call `combine`.
     """
     outputs = _run(networks, params, images, key)
     d_rec, rec_metrics = _reconstruction(loss, perceptual, images, outputs)
@@ -166,42 +183,43 @@ class _Outputs(NamedTuple):
     """What one forward pass of the autoencoder leaves: its outputs and how to pull gradients back from them."""
 
     recon: jax.Array
-    kl: jax.Array
+    penalties: Penalties
     aux: Any
     pull_back_last: Callable[[jax.Array], tuple[dict[str, Any], jax.Array]]
-    pull_back_body: Callable[[tuple[jax.Array, jax.Array]], tuple[Tree]]
+    pull_back_body: Callable[[tuple[jax.Array, Penalties]], tuple[Tree]]
 
     def pull_back(self, loss: AutoencoderLoss | None, d_recon: jax.Array) -> AutoencoderParams:
-        """Parameter gradients from that at the reconstruction, and from the KL term where `loss` is given."""
+        """Parameter gradients from that at the reconstruction, and from the penalties where `loss` is given."""
         last, d_h = self.pull_back_last(d_recon)
-        d_kl = jnp.full_like(self.kl, loss.kl_weight / self.kl.size if loss else 0)
-        (body,) = self.pull_back_body((d_h, d_kl))
+        weights = loss.weights(self.recon[0].size) if loss else dict.fromkeys(self.penalties, 0.0)
+        d_penalties = {name: jnp.full_like(each, weights[name] / each.size) for name, each in self.penalties.items()}
+        (body,) = self.pull_back_body((d_h, d_penalties))
         return AutoencoderParams(body, last)
 
 
-def _run(networks: Networks, params: AutoencoderParams, images: jax.Array, key: jax.Array) -> _Outputs:
-    def forward(body: Tree) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        h, kl, aux = networks.forward(body, images, key)
-        return (h, _wide(kl)), aux
+def _run(networks: Networks, params: AutoencoderParams, images: jax.Array, key: Any) -> _Outputs:
+    def forward(body: Tree) -> tuple[tuple[jax.Array, Penalties], Any]:
+        h, penalties, aux = networks.forward(body, images, key)
+        return (h, jax.tree.map(_wide, penalties)), aux
 
-    (h, kl), pull_back_body, aux = jax.vjp(forward, params.body, has_aux=True)
+    (h, penalties), pull_back_body, aux = jax.vjp(forward, params.body, has_aux=True)
     recon, pull_back_last = jax.vjp(networks.last, params.last, h)
-    return _Outputs(recon, kl, aux, pull_back_last, pull_back_body)
+    return _Outputs(recon, penalties, aux, pull_back_last, pull_back_body)
 
 
 def _reconstruction(loss: AutoencoderLoss, perceptual: Tree | None, images: jax.Array, outputs: _Outputs) -> tuple[jax.Array, Metrics]:
-    """dL_rec/dx' and the metrics of L_rec and KL."""
+    """dL_rec/dx' and the metrics of L_rec and the penalties."""
+    total = loss.weights(images[0].size)["loss/nll"]
 
     def nll(recon: jax.Array) -> tuple[jax.Array, Metrics]:
         difference = _wide(images) - _wide(recon)
         pixel = jnp.mean(PIXEL_LOSSES[loss.pixel](difference))
-        metrics = {"loss/pixel": pixel, "loss/kl": jnp.mean(outputs.kl)}
-        total = pixel
+        metrics = {"loss/pixel": pixel} | {name: jnp.mean(each) for name, each in outputs.penalties.items()}
+        mean = pixel
         if perceptual is not None:
             metrics["loss/lpips"] = jnp.mean(lpips(perceptual, images, recon))
-            total = total + loss.perceptual_weight * metrics["loss/lpips"]
-        values = images[0].size
-        return values * total, metrics | {"loss/nll": values * total}
+            mean = mean + loss.perceptual_weight * metrics["loss/lpips"]
+        return total * mean, metrics | {"loss/nll": total * mean}
 
     (_, metrics), d_recon = jax.value_and_grad(nll, has_aux=True)(outputs.recon)
     return d_recon, metrics

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ldm_jax.conditioning.build import Model, build_conditioning
 from ldm_jax.config import UserError
 from ldm_jax.data.latents import LatentCache
 from ldm_jax.data.pipeline import Batches
@@ -21,12 +22,12 @@ from ldm_jax.latent_diffusion import (
     FirstStage,
     LatentDiffusion,
     Params,
-    build_conditioning,
     build_denoiser,
     compute_dtype,
     generate_jit,
     to_float,
 )
+from ldm_jax.model_directory import check_shapes
 from ldm_jax.training import optimizer
 from ldm_jax.training import state as states
 from ldm_jax.training.state import Metrics, State, key_for
@@ -51,23 +52,38 @@ class DiffusionStage:
     """
 
     name = "denoiser"
+    initial: Params | None = None
 
     def __init__(
-        self, config: ConfigDict, first_stage: FirstStage, first_stage_params: Params, source: Source | LatentCache, tokenizer: Any
+        self,
+        config: ConfigDict,
+        first_stage: FirstStage,
+        first_stage_params: Params,
+        source: Source | LatentCache,
+        tokenizer: Any,
     ) -> None:
         self.config, self.source = config, source
         self.first_stage, self.first_stage_params = first_stage, first_stage_params
         self.frozen = {} if config.data.cache else first_stage_params
         self.dtype = compute_dtype(config.train.dtype)
         group = config.conditioning.to_dict()
-        conditioning = build_conditioning(group, tokenizer, self.dtype)
+        network = first_stage.network
+        about = Model(config.data.resolution, network.factor, network.latent_channels, self.dtype, tokenizer)
+        conditioning = build_conditioning(group, about)
         channels = first_stage.network.latent_channels
         self.denoiser: Denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, channels, self.dtype)
         self.loss = build_loss(config.diffusion)
         self.sampler = build_sampler(config.sample, self.denoiser.process, self.denoiser.prediction)
         size = config.data.resolution // first_stage.network.factor
         self.latent_shape = (size, size, channels)
-        self.optimizers = {"all": optimizer.from_config(config.optimizer, config.train.steps)}
+        frozen = {c.name for c in conditioning.conditioners if getattr(c, "frozen", False)}
+        self.optimizers = {"all": optimizer.sparing(optimizer.from_config(config.optimizer, config.train.steps), "conditioner", frozen)}
+
+    def start_from(self, params: Params) -> None:
+        """Training will begin with these parameters of denoiser and conditioners. Raises UserError where they do not fit."""
+        expected = jax.eval_shape(lambda key: self.denoiser.init(key, self.latent_shape), jax.random.key(0))
+        self.initial = {name: params[name] for name in expected if name in params}
+        check_shapes(self.initial, expected, "train.init_from")
 
     def notes(self) -> Iterator[str]:
         """What a user should know before the run."""
@@ -134,24 +150,30 @@ class DiffusionStage:
         return x0, eps, t.astype(wide)
 
     @cached_property
-    def prompts(self) -> list[str]:
-        """Captions of the preview: `sample.prompts`, filled up to 16 with captions of the data."""
-        given = list(self.config.sample.prompts)[:32]
-        missing = range(min(max(16 - len(given), 0), len(self.source)))
-        return given + [caption(self.source, i) for i in missing] if self.config.conditioning.text.enabled else [""] * 16
+    def preview_inputs(self) -> dict[str, list[Any]]:
+        """What the conditioners of the preview are given: `sample.prompts`, filled up to 16 with captions of the data; where there are
+        other conditions than text, the data's first 16 examples."""
+        names = [c.name for c in self.denoiser.conditioning.conditioners]
+        if names == ["text"]:
+            given = list(self.config.sample.prompts)[:32]
+            missing = range(min(max(16 - len(given), 0), len(self.source)))
+            return {"text": given + [caption(self.source, i) for i in missing]}
+        examples = [self.source[i] for i in range(min(16, len(self.source)))] if names else []
+        return {name: [example[name] for example in examples] for name in names}
 
     def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
-        """Samples of fixed prompts and noise by the EMA weights: (uint8 [N,H,W,3], columns, captions)."""
+        """Samples of fixed inputs and noise by the EMA weights: (uint8 [N,H,W,3], columns, captions)."""
         params = {**state.ema[str(self.config.ema.decays[0])], "first_stage": self.first_stage_params}
-        conditioning, n = self.denoiser.conditioning, len(self.prompts)
+        conditioning, inputs = self.denoiser.conditioning, self.preview_inputs
+        n = len(next(iter(inputs.values()), range(16)))
         index = np.arange(n)
         with jax.transfer_guard("allow"):
-            arrays, null = conditioning.prepare({"text": self.prompts}), conditioning.null(n)
+            arrays, null = conditioning.prepare(inputs), conditioning.null(n)
             seed = self.config.sample.seed
             noise, keys = initial_noise(seed, index, self.latent_shape), image_keys(seed, index)
             guidance = self.config.sample.guidance
             images = generate_jit(self.first_stage, self.denoiser, self.sampler, params, noise, arrays, null, guidance, keys)
-            return np.asarray(images), 8, self.prompts if conditioning.conditioners else None
+            return np.asarray(images), 8, inputs.get("text")
 
     def model(self, params: Params, info: dict[str, Any]) -> LatentDiffusion:
         """The model of some (EMA) parameters, for sampling and for `model/`."""

@@ -5,6 +5,7 @@ from contextlib import closing
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -26,6 +27,7 @@ class Encoder:
     """Images to raw moments on this process's own devices, in batches of one size so that one program serves all."""
 
     def __init__(self, stage: FirstStage, params: Params, batch_size: int) -> None:
+        self.network = stage.network
         self.mesh: Mesh = make_mesh(devices=jax.local_devices())
         self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
         self.fingerprint = weights_fingerprint(params)
@@ -34,14 +36,14 @@ class Encoder:
         self._run = jax.jit(lambda p, x: stage.moments(p, to_float(x)), in_shardings=(replicated(self.mesh), split), out_shardings=split)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [batch_size,H,W,3] to float32 [batch_size,h,w,2c]."""
+        """uint8 [batch_size,H,W,3] to moments, float32 [batch_size,h,w,2c] or, where they are the latents, [batch_size,h,w,c]."""
         return np.asarray(self._run(self.params, split_host_arrays(images, self.mesh)), np.float32)
 
 
 def latent_statistics(encoder: Encoder, source: Source, limit: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float64 [c] each, of posterior samples over `limit` examples (0: all) of the shuffled training set.
+    """Mean and standard deviation, float64 [c] each, of sampled latents over `limit` examples (0: all) of the shuffled training set.
 
-    Exact over the posterior: E[z] = E[mean], Var[z] = E[mean^2 + var] - E[z]^2.
+    Exact over what is sampled: E[z] = E[mean], Var[z] = E[mean^2 + var] - E[z]^2.
     """
     total = min(limit or len(source), len(source))
     first, second, count = 0.0, 0.0, 0
@@ -49,9 +51,10 @@ def latent_statistics(encoder: Encoder, source: Source, limit: int, workers: int
     with closing(batches.iterate(0)) as data:
         for start in tqdm(range(0, total, encoder.batch_size), desc="latent statistics", unit="batch", mininterval=5):
             images = next(data)["image"]
-            mean, log_var = np.split(encoder(images)[: total - start].astype(np.float64), 2, axis=-1)
+            moments = jnp.asarray(encoder(images)[: total - start])
+            mean, variance = (np.asarray(m, np.float64) for m in encoder.network.mean_and_variance(moments))
             first = first + mean.sum((0, 1, 2))
-            second = second + (mean**2 + np.exp(log_var)).sum((0, 1, 2))
+            second = second + (mean**2 + variance).sum((0, 1, 2))
             count += mean[..., 0].size
     center = np.asarray(first / count)
     return center, np.sqrt(np.asarray(second / count) - center**2)

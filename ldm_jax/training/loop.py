@@ -30,7 +30,7 @@ from ldm_jax.training.metrics import MetricWriter, Throughput, peak_flops
 from ldm_jax.training.optimizer import schedule_from_config
 from ldm_jax.training.preview import save_grid
 from ldm_jax.training.signals import StopSignals
-from ldm_jax.training.state import Metrics, State
+from ldm_jax.training.state import Metrics, State, with_params
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Stage(Protocol):
     name: str
     config: ConfigDict
     dtype: Any
+    initial: dict[str, Any] | None  # parameters of networks that do not start untrained
     frozen: Any  # arrays that the update reads and that never change; an argument, as captured they would be copied into the program
 
     def init(self, key: jax.Array) -> State: ...
@@ -89,7 +90,8 @@ def make_step(stage: Stage, mesh: Mesh, state: State) -> Callable[..., tuple[Sta
 def init_state(stage: Stage, mesh: Mesh) -> State:
     """A fresh state, made where its parts belong."""
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, mesh))
-    return jax.jit(stage.init, out_shardings=placement)(jax.random.fold_in(jax.random.key(stage.config.seed), 0))
+    state = jax.jit(stage.init, out_shardings=placement)(jax.random.fold_in(jax.random.key(stage.config.seed), 0))
+    return with_params(state, stage.initial) if stage.initial else state
 
 
 def restore_or_init(stage: Stage, mesh: Mesh, checkpoints: Checkpoints) -> tuple[State, int]:

@@ -105,6 +105,17 @@ def make_optimizer(
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
+def sparing(transformation: optax.GradientTransformation, group: str, names: set[str]) -> optax.GradientTransformation:
+    """The same, but for `params[group][name]` of these names, which stay as they are and have no moments."""
+    if not names:
+        return transformation
+
+    def labels(params: Any) -> Any:
+        return {part: {n: n in names for n in tree} if part == group else False for part, tree in params.items()}
+
+    return optax.multi_transform({False: transformation, True: optax.set_to_zero()}, labels)
+
+
 def from_config(group: Any, steps: int) -> optax.GradientTransformation:
     """The transformation of an `optimizer` group for a run of `steps` updates; `final` there is a fraction of the peak."""
     schedule = schedule_from_config(group, steps)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldm_jax import config as configs
+from ldm_jax.conditioning.build import Model, build_conditioning
 from ldm_jax.conditioning.conditioner import Conditioning
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
@@ -25,12 +26,15 @@ from ldm_jax.latent_diffusion import (
     FirstStage,
     LatentDiffusion,
     Params,
+    abstract_params,
     build_autoencoder,
     build_denoiser,
     compute_dtype,
     load_first_stage,
-    read_info,
+    read_networks,
 )
+from ldm_jax.model_directory import PARTS, TOKENIZER, check_shapes, load_params, read_info
+from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.sharding.mesh import check_batch, make_mesh
 from ldm_jax.training import loop, optimizer
 from ldm_jax.training.autoencoder import AutoencoderStage, reconstructions
@@ -78,7 +82,7 @@ def versions() -> dict[str, str]:
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     """Raises UserError where a batch of one of the stages does not split over the mesh."""
     check_batch(config.train.batch_size, mesh, config.train.accumulation)
-    if config.task == "diffusion" and not config.first_stage.path:
+    if config.task == "diffusion" and not config.first_stage.path and config.first_stage.kind != "identity":
         check_batch(config.first_stage.train.batch_size, mesh, config.first_stage.train.accumulation)
 
 
@@ -87,7 +91,7 @@ def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> No
     dtype = compute_dtype(config.train.dtype)
     first = first_stage_workdir(config, workdir)
     inner = configs.first_stage_run(config) if config.task == "diffusion" else config
-    if first is not None and not is_complete(first, inner.train.steps):
+    if first is not None and config.first_stage.kind != "identity" and not is_complete(first, inner.train.steps):
         if config.task == "diffusion" and _latents_of(workdir).exists():
             raise UserError(
                 f"first_stage.train.steps={inner.train.steps} would train the first stage in {workdir.path} further, under a denoiser"
@@ -100,12 +104,35 @@ def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> No
         else:
             autoencoder = build_autoencoder(config.first_stage.to_dict(), dtype)
         build_loss(config.diffusion)
-        denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, Conditioning(()), autoencoder.latent_channels, dtype)
-        build_sampler(config.sample, denoiser.process, denoiser.prediction)
-        optimizer.from_config(config.optimizer, config.train.steps)
-        text = config.conditioning.text
-        if text.enabled and text.tokenizer != "train" and not (workdir.path / "tokenizer.json").exists():
-            Tokenizer.pretrained(text.tokenizer, text.max_length)
+        check_denoiser(config, workdir, source, autoencoder)
+
+
+def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoencoder: Autoencoder) -> None:
+    """Raises UserError where stage 2 cannot be built as it is set, its conditions go nowhere, or the data has nothing for one of them."""
+    dtype, text = compute_dtype(config.train.dtype), config.conditioning.text
+    tokenizer = None
+    if text.enabled and not (workdir.path / "tokenizer.json").exists():
+        if config.train.init_from:
+            tokenizer = initial_tokenizer(config)
+        elif text.tokenizer != "train":
+            tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
+    about = Model(config.data.resolution, autoencoder.factor, autoencoder.latent_channels, dtype, tokenizer)
+    conditioning = build_conditioning(config.conditioning.to_dict(), about)
+    denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, autoencoder.latent_channels, dtype)
+    build_loss(config.diffusion)
+    build_sampler(config.sample, denoiser.process, denoiser.prediction)
+    optimizer.from_config(config.optimizer, config.train.steps)
+    try:
+        params = abstract_params(FirstStage(autoencoder), denoiser, config.data.resolution)
+    except ValueError as error:
+        raise UserError(f"denoiser: {error}") from error
+    if config.train.init_from and (tokenizer or not text.enabled):
+        first_stage, other, info = read_networks(find_model(config.train.init_from), dtype)
+        there = abstract_params(first_stage, other, info["resolution"])
+        check_shapes({k: v for k, v in there.items() if k in params}, params, f"train.init_from: {config.train.init_from}")
+    needed = [c.name for c in conditioning.conditioners if c.name != "text"]
+    if needed:
+        Conditioning([c for c in conditioning.conditioners if c.name != "text"]).prepare({k: [v] for k, v in source[0].items()})
 
 
 def open_source(config: ConfigDict, workdir: WorkDir) -> Source:
@@ -161,18 +188,21 @@ def find_model(path: str) -> Any:
     raise UserError(f"no model at {path}: it is neither a complete model directory nor a work directory that has one")
 
 
+def load_weights(model: Any) -> Params:
+    """The parameters of a model directory, by part. Raises UserError."""
+    return {part: load_params(model / part) for part in PARTS if (model / part).exists()}
+
+
 def train_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh: Mesh) -> None:
     """Stage 1 to its end: weights, latent statistics, model."""
-    stage = AutoencoderStage(config, source)
-    state = loop.train(stage, workdir, mesh)
-    params = jax.device_get(state.ema[str(config.ema.decays[0])]["autoencoder"])
-    raw = FirstStage(stage.network)
+    network, params, step = _first_stage_weights(config, workdir, source, mesh)
+    raw = FirstStage(network)
     encoder = Encoder(raw, params, _ENCODE_BATCH)
     mean, std = latent_statistics(encoder, source, config.first_stage.statistics_examples, config.data.workers)
     shift, scale = latent_scale(config.first_stage.latent_scale, mean, std)
     info = {
         "task": "autoencoder",
-        "step": int(state.step),
+        "step": step,
         "resolution": config.data.resolution,
         "latent_mean": mean.tolist(),
         "latent_std": std.tolist(),
@@ -180,7 +210,18 @@ def train_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh
     if config.data.source == "shapes":
         info["reconstruction_oracle"] = reconstruction_table(config, raw, params)
         print("oracle on reconstructions of fresh scenes\n" + format_table(info["reconstruction_oracle"]), flush=True)
-    LatentDiffusion(FirstStage(stage.network, shift, scale), None, {"first_stage": params}, info).save(workdir.model)
+    LatentDiffusion(FirstStage(network, shift, scale), None, {"first_stage": params}, info).save(workdir.model)
+
+
+def _first_stage_weights(config: ConfigDict, workdir: WorkDir, source: Source, mesh: Mesh) -> tuple[Autoencoder, Params, int]:
+    """The network of stage 1, its (EMA) weights, and the updates behind them. Pixels as latents have none to train."""
+    if config.first_stage.kind == "identity":
+        return build_autoencoder(config.first_stage.to_dict(), compute_dtype(config.train.dtype)), {}, config.train.steps
+    stage = AutoencoderStage(config, source)
+    if config.train.init_from:
+        stage.start_from(load_first_stage(find_model(config.train.init_from), np.float32)[1])
+    state = loop.train(stage, workdir, mesh)
+    return stage.network, stage.autoencoder(jax.device_get(state.ema[str(config.ema.decays[0])])), int(state.step)
 
 
 def reconstruction_table(config: ConfigDict, stage: FirstStage, params: Params) -> dict[str, Any]:
@@ -199,13 +240,23 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
         return None
     path = workdir.path / "tokenizer.json"
     if not path.exists():
-        if text.tokenizer == "train":
+        if config.train.init_from:
+            tokenizer = initial_tokenizer(config)
+        elif text.tokenizer == "train":
             captions = (caption(source, i) for i in range(min(len(source), _TOKENIZER_CAPTIONS)))
             tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length)
         else:
             tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
         configs.write_bytes(path, tokenizer.to_json().encode())
     return Tokenizer.load(path, text.max_length)
+
+
+def initial_tokenizer(config: ConfigDict) -> Tokenizer:
+    """The tokenizer of the model that the training starts from. Raises UserError where it has none."""
+    path = find_model(config.train.init_from) / "conditioner" / TOKENIZER
+    if not path.exists():
+        raise UserError(f"train.init_from: {config.train.init_from} has no tokenizer; convert it again with --tokenizer")
+    return Tokenizer.load(path, config.conditioning.text.max_length)
 
 
 def check_latents(workdir: WorkDir, weights: str) -> None:
@@ -233,6 +284,8 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, first_s
     if config.data.cache:
         data = ensure_cache(config, workdir, encoder, source)
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
+    if config.train.init_from:
+        stage.start_from(load_weights(find_model(config.train.init_from)))
     state = loop.train(stage, workdir, mesh)
     model = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))
     if config.data.source == "shapes" and config.conditioning.text.enabled:

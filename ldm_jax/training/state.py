@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -54,6 +55,19 @@ def create(
     counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_a_row")}
     opt = {name: tx.init(params if name == "all" else params[name]) for name, tx in optimizers.items()}
     return State(params=params, ema=ema.init({name: params[name] for name in averaged}, decays), opt=opt, **counters)
+
+
+def with_params(state: State, params: dict[str, Tree]) -> State:
+    """The state of an untrained model with these networks' parameters (host arrays) in place of its own, and of their averages."""
+
+    def placed(new: Tree, old: Tree) -> Tree:
+        return jax.tree.map(lambda n, o: jax.device_put(np.asarray(n, o.dtype), o.sharding), new, old)
+
+    fresh = {name: placed(tree, state.params[name]) for name, tree in params.items()}
+    averages = {
+        decay: trees | {name: placed(params[name], trees[name]) for name in trees if name in params} for decay, trees in state.ema.items()
+    }
+    return replace(state, params=state.params | fresh, ema=averages)
 
 
 def apply_updates(

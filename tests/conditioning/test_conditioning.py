@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.conditioning.conditioner import Conditioning, TextConditioner
+from ldm_jax.conditioning.conditioner import Conditioning
+from ldm_jax.conditioning.conditioners import TextConditioner
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError
 from ldm_jax.nn.text_encoder import TextTransformer
@@ -22,7 +23,7 @@ def tokenizer() -> Tokenizer:
 
 def conditioning(tokenizer: Tokenizer, drop_rate: float) -> Conditioning:
     network = TextTransformer(tokenizer.vocab_size, 14, 16, 1, 2, 8)
-    return Conditioning((TextConditioner(tokenizer, network, drop_rate),))
+    return Conditioning((TextConditioner(tokenizer, network, network.max_length, drop_rate),))
 
 
 def test_words_of_the_captions_are_single_tokens(tokenizer: Tokenizer) -> None:

@@ -134,13 +134,15 @@ def test_tensors_share_storages_with_offsets_and_strides(tmp_path: Path) -> None
     assert state["scalar"] == 39 and state["empty"].shape == (0, 3)
 
 
-def test_stored_members_are_mapped_not_copied(tmp_path: Path) -> None:
-    state = load_state_dict(_write(tmp_path / "x.pth", {"w": _of(np.ones(1000, np.float32), "0")}))
-    owner: Any = state["w"]
+def _is_mapped(array: Any) -> bool:
+    owner = array
     while not isinstance(owner, (mmap.mmap, bytes, type(None))):
         owner = owner.obj if isinstance(owner, memoryview) else owner.base
-    assert isinstance(owner, mmap.mmap)
-    assert not state["w"].flags.writeable
+    return isinstance(owner, mmap.mmap) and not array.flags.writeable
+
+
+def test_stored_members_are_mapped_not_copied(tmp_path: Path) -> None:
+    assert _is_mapped(load_state_dict(_write(tmp_path / "x.pth", {"w": _of(np.ones(1000, np.float32), "0")}))["w"])
 
 
 def test_lightning_checkpoint_gives_its_state_dict(tmp_path: Path) -> None:
@@ -272,14 +274,68 @@ def test_one_changed_byte_gives_arrays_or_a_clear_error(tmp_path_factory: pytest
 
 
 def test_other_formats_and_missing_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "page.pth").write_text("<html>not found</html>")
-    with pytest.raises(ValueError, match="no zip archive"):
-        load_state_dict(tmp_path / "page.pth")
     np.savez(tmp_path / "x.npz", a=np.array([{"object": 1}], dtype=object))
     with pytest.raises(ValueError, match="plain arrays"):
         load_state_dict(tmp_path / "x.npz")
     with pytest.raises(FileNotFoundError, match="no weight file"):
         load_state_dict(tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_state_dict(tmp_path)
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5962336\n"
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".safetensors", ".npz", ""])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "is empty, not a weight file"),
+        (_POINTER, "is a git-lfs pointer to weights"),
+        (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is a web page"),
+        (b"<html>not found</html>", "is a web page"),
+        (b"model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n" * 20, "is text, not a weight file"),
+        (b'{"weight_map": {}}', "is text, not a weight file"),
+        ("ключ: значение # ".encode() * 40, "is text, not a weight file"),  # 512 bytes end within a letter
+        (b"\x1f\x8b\x08" + b"\0" * 40, "is packed by gzip"),
+        (b"\x01" * 257 + b"ustar" + b"\0" * 300, "is a tar archive"),
+    ],
+)
+def test_what_is_no_weight_file_is_called_what_it_is(tmp_path: Path, suffix: str, content: bytes, kind: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=kind) as caught:
+        load_state_dict(path)
+    assert str(caught.value).startswith(f"{path} is") and "\n" not in str(caught.value)
+
+
+def test_binary_files_of_another_kind(tmp_path: Path) -> None:
+    for content, reason in [
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "no zip archive"),
+        (pickle.dumps({"w": 1}), "no zip archive"),
+        (b"PK\x03\x04" + bytes(100), "archive is truncated"),
+    ]:
+        (tmp_path / "x.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=reason):
+            load_state_dict(tmp_path / "x.pth")
+
+
+def test_the_dict_of_tensors_is_chosen_by_its_key_and_never_guessed(tmp_path: Path) -> None:
+    model, ema = _of(np.zeros(2, np.float32), "0"), _of(np.ones(2, np.float32), "1")
+    path = _write(tmp_path / "dit.pt", {"model": {"w": model}, "ema": {"w": ema, "b": ema}, "opt": {"state": {0: {"m": model}}}})
+    with pytest.raises(ValueError, match=r"several sets of tensors.*'model' \(1\), 'ema' \(2\)$"):
+        load_state_dict(path)
+    with pytest.raises(ValueError, match=r"no set of tensors 'opt'.*'model' \(1\), 'ema' \(2\)$"):
+        load_state_dict(path, key="opt")
+    assert list(load_state_dict(path, key="ema")) == ["w", "b"]
+    np.testing.assert_array_equal(load_state_dict(path, key="model")["w"], [0, 0])
+    mixed = _write(tmp_path / "mixed.pt", {"loss": ema, "network": {"w": model}})
+    with pytest.raises(ValueError, match=r"'' \(1\), 'network' \(1\)$"):
+        load_state_dict(mixed)
+    assert list(load_state_dict(mixed, key="")) == ["loss"]
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="no set of tensors 'ema'"):
+        load_state_dict(tmp_path / "x.safetensors", key="ema")
 
 
 def _write_legacy(path: Path, obj: Any) -> Path:
@@ -313,6 +369,7 @@ def test_files_from_before_torch_1_6(tmp_path: Path) -> None:
     np.testing.assert_array_equal(state["a"], a.ravel())
     np.testing.assert_array_equal(state["t"], a.T)
     np.testing.assert_array_equal(state["b"], b)
+    assert all(_is_mapped(array) for array in state.values())
     for cut in (1, 20, 60):
         (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:-cut])
         with pytest.raises(ValueError, match="cannot be read as a torch weight file"):

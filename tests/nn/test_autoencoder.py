@@ -1,4 +1,4 @@
-"""The KL autoencoder: its size, its shapes, its posterior."""
+"""The autoencoders: their sizes and shapes, the KL one's posterior, the VQ one's codebook."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.nn.autoencoder import KLAutoencoder, kl_divergence, sample_moments
+from ldm_jax.nn.autoencoder import IdentityAutoencoder, KLAutoencoder, VQAutoencoder, kl_divergence, sample_moments
 from tests import tiny
 
 
@@ -19,6 +19,7 @@ def quick_compilation() -> Iterator[None]:
 
 
 SMALL = KLAutoencoder(8, (1, 2), 1, (), True, 4, 3, 2)
+SMALL_VQ = VQAutoencoder(8, (1, 2), 1, (), True, 4, 3, 2, codebook_size=16)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -30,6 +31,25 @@ def test_kl_f8_has_the_published_number_of_parameters() -> None:
     assert network.factor == 8
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 83_653_863
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [
+        (VQAutoencoder(channel_mult=(1, 2, 4), z_channels=3, latent_channels=3), 55_322_782),
+        (VQAutoencoder(channel_mult=(1, 2, 4), z_channels=3, latent_channels=3, mid_attention=False), 53_219_486),
+        (VQAutoencoder(channel_mult=(1, 2, 2, 4), attention_levels=(8,), codebook_size=16_384), 67_717_295),
+        (
+            VQAutoencoder(channel_mult=(1, 1, 2, 2, 4), attention_levels=(16,), z_channels=8, latent_channels=8, codebook_size=16_384),
+            69_593_371,
+        ),
+    ],
+    ids=["vq-f4", "vq-f4-noattn", "vq-f8", "vq-f16"],
+)
+def test_the_released_vq_models_have_their_number_of_parameters(network: VQAutoencoder, parameters: int) -> None:
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+    assert shapes["quantize"]["embedding"].shape == (network.codebook_size, network.latent_channels)
 
 
 def test_shapes_and_types() -> None:
@@ -78,3 +98,42 @@ def test_samples_have_the_moments_and_the_divergence_its_closed_form() -> None:
     np.testing.assert_allclose(z.std((0, 1, 2)), [0.5, 2.0], rtol=0.05)
     each = 0.5 * (1.5**2 + 0.25 - 1 - np.log(0.25)) + 0.5 * (4 + 4 - 1 - np.log(4))
     np.testing.assert_allclose(kl_divergence(moments), [1e4 * each], rtol=1e-5)
+
+
+def test_vq_latents_are_quantised_where_decoding_begins() -> None:
+    x = normal(0, 2, 16, 24, 3)
+    params = jax.jit(SMALL_VQ.init)(jax.random.key(0), x)
+    params["params"]["quantize"]["embedding"] = normal(1, 16, 3)
+    run = partial(SMALL_VQ.apply, params)
+    z = jax.jit(partial(run, method="moments"))(x)
+    assert z.shape == (2, 4, 6, 3) and z.dtype == jnp.float32 and SMALL_VQ.factor == 4
+    assert SMALL_VQ.sample(z, jax.random.key(0)) is z
+    entries, indices = jax.jit(partial(run, method="lookup"))(z)
+    assert indices.shape == (2, 4, 6) and not np.allclose(entries, z)
+    images = jax.jit(partial(run, method="decode"))(z)
+    assert images.shape == x.shape
+    np.testing.assert_array_equal(images, jax.jit(partial(run, method="decode"))(entries))
+    np.testing.assert_allclose(images, run(run(entries, method="features"), method="head"), atol=1e-5)
+    np.testing.assert_allclose(images, jax.jit(run)(x), atol=1e-5)
+
+
+def test_gradients_pass_through_the_codebook_to_vq_latents_as_if_it_were_not_there() -> None:
+    x = normal(0, 1, 8, 8, 3)
+    params = jax.jit(SMALL_VQ.init)(jax.random.key(0), x)
+    params["params"]["quantize"]["embedding"] = normal(1, 16, 3)
+    z = normal(2, 1, 2, 2, 3)
+    run = partial(SMALL_VQ.apply, params)
+    entries, _ = run(z, method="lookup")
+    through = jax.grad(lambda z: jnp.sum(run(z, method="decode") ** 2))(z)
+    without = jax.grad(lambda z: jnp.sum(run(run(z, method="features"), method="head") ** 2))(entries)
+    np.testing.assert_allclose(through, without, rtol=1e-4, atol=1e-5)
+    assert np.abs(through).max() > 0
+
+
+def test_the_identity_leaves_pixels_as_they_are() -> None:
+    network, x = IdentityAutoencoder(dtype=jnp.bfloat16), normal(0, 2, 6, 5, 3)
+    assert network.init(jax.random.key(0), x) == {}
+    assert (network.factor, network.latent_channels) == (1, 3)
+    z = network.apply({"params": {}}, x, method="moments")
+    np.testing.assert_array_equal(z, x)
+    np.testing.assert_array_equal(network.apply({}, network.sample(z, jax.random.key(0)), method="decode"), x)

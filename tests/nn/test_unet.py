@@ -101,8 +101,14 @@ def test_variants_keep_the_shape(fields: dict[str, Any]) -> None:
     network = UNet(**{**SMALL, **fields})
     network.check()
     x, t, c = inputs()
-    out, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, t, c, normal(2, 2, 8, 8, 3), normal(3, 2, 7))
+    context = c if network.transformer_depth else None
+    out, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, t, context, normal(2, 2, 8, 8, 3), normal(3, 2, 7))
     assert out.shape == x.shape
+
+
+def test_a_context_that_nothing_attends_to_is_an_error() -> None:
+    with pytest.raises(ValueError, match="transformer_depth=0 leaves nothing that attends"):
+        jax.eval_shape(UNet(**SMALL, transformer_depth=0).init, jax.random.key(0), *inputs())
 
 
 @pytest.mark.parametrize(

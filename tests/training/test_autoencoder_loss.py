@@ -46,11 +46,11 @@ def _last(params: Tree, h: jax.Array) -> jax.Array:
 def _networks(dtype: Any, norm: Any = "batch") -> Networks:
     discriminator = PatchDiscriminator(features=4, num_layers=1, norm=norm, dtype=dtype)
 
-    def forward(body: Tree, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def forward(body: Tree, images: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
         # Noise comes with the image, so that cutting a batch does not change it.
         noise = jnp.sin(100 * images[:, ::2, ::2, :2])
         h, kl = _Body().apply({"params": body}, images, noise)
-        return h, kl, jax.random.key_data(key)
+        return h, {"loss/kl": kl, "codebook/loss": jnp.mean(h**2, axis=(1, 2, 3))}, jax.random.key_data(key)
 
     return Networks(forward, _last, lambda params, x: discriminator.apply({"params": params}, x))
 
@@ -86,7 +86,7 @@ def _plain(loss: AutoencoderLoss, networks: Networks, distance: Callable[..., ja
         per_pixel = difference
         if perceptual is not None:
             per_pixel = per_pixel + loss.perceptual_weight * distance(perceptual, images, recon)[:, None, None, None]
-        return jnp.sum(per_pixel) / images.shape[0]
+        return jnp.mean(per_pixel) if loss.reduction == "mean" else jnp.sum(per_pixel) / images.shape[0]
 
     def generator(params: AutoencoderParams, disc: Tree, images: jax.Array, key: jax.Array) -> jax.Array:
         recon = networks.last(params.last, networks.forward(params.body, images, key)[0])
@@ -97,9 +97,12 @@ def _plain(loss: AutoencoderLoss, networks: Networks, distance: Callable[..., ja
         gan = jax.grad(generator)(params, disc, images, key).last["kernel"]
         weight = jnp.sqrt(jnp.sum(rec**2)) / (jnp.sqrt(jnp.sum(gan**2)) + 1e-4)
         weight = jax.lax.stop_gradient(jnp.clip(weight, 0, loss.adaptive_max) * loss.disc_weight)
-        kl = jnp.sum(networks.forward(params.body, images, key)[1]) / images.shape[0]
-        total = nll(params, images, key) + weight * generator(params, disc, images, key) + loss.kl_weight * kl
-        return total, weight
+        penalties = networks.forward(params.body, images, key)[1]
+        penalty = loss.kl_weight * jnp.mean(penalties["loss/kl"]) / images[0].size + loss.codebook_weight * jnp.mean(
+            penalties["codebook/loss"]
+        )
+        penalty = penalty * (1 if loss.reduction == "mean" else images[0].size)
+        return nll(params, images, key) + weight * generator(params, disc, images, key) + penalty, weight
 
     def discriminator(disc: Tree, params: AutoencoderParams, images: jax.Array, key: jax.Array) -> jax.Array:
         recon = networks.last(params.last, networks.forward(params.body, images, key)[0])
@@ -138,8 +141,9 @@ def small_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
         (AutoencoderLoss(kl_weight=0.1), "float64", 1e-11),
         (AutoencoderLoss("l2", 0.3, disc_weight=0.8, disc_loss="vanilla", adaptive_max=1e-3), "float64", 1e-11),
         (AutoencoderLoss("l1_l2"), "float64", 1e-11),
+        (AutoencoderLoss(kl_weight=0.1, codebook_weight=0.3, reduction="mean"), "float64", 1e-11),
     ],
-    ids=["paper in float32", "paper in float64", "l2, vanilla, clamped", "l1 and l2"],
+    ids=["paper in float32", "paper in float64", "l2, vanilla, clamped", "l1 and l2", "means"],
 )
 def test_gradients_equal_a_plain_two_pass_implementation(loss: AutoencoderLoss, dtype: str, rtol: float) -> None:
     with jax.enable_x64(dtype == "float64"):
@@ -197,7 +201,7 @@ def test_reconstruction_phase_is_the_gan_phase_without_its_terms() -> None:
     alone = jax.jit(lambda p: reconstruction_gradients(loss, networks._replace(discriminate=refuse), p, None, images, key))
     grads, metrics, aux = alone(params)
     _assert_close(grads, with_gan, 1e-6)
-    assert set(metrics) == {"loss/nll", "loss/pixel", "loss/kl"} < set(gan_metrics)
+    assert set(metrics) == {"loss/nll", "loss/pixel", "loss/kl", "codebook/loss"} < set(gan_metrics)
     np.testing.assert_array_equal(aux, jax.random.key_data(key))
 
 
@@ -205,13 +209,13 @@ def test_metrics_are_what_their_names_say() -> None:
     networks, params, disc, images = _setup(jnp.float32)
     run = jax.jit(lambda p: gan_gradients(AutoencoderLoss(), networks, p, disc, None, images, jax.random.key(4))[2])
     metrics = run(params)
-    h, kl, _ = networks.forward(params.body, images, jax.random.key(4))
+    h, penalties, _ = networks.forward(params.body, images, jax.random.key(4))
     recon = networks.last(params.last, h)
     real, fake = networks.discriminate(disc, images), networks.discriminate(disc, recon)
     expected = {
         "loss/pixel": np.abs(images - recon).mean(),
         "loss/nll": np.abs(images - recon).sum() / 4,
-        "loss/kl": kl.mean(),
+        **{name: each.mean() for name, each in penalties.items()},
         "loss/generator": -fake.mean(),
         "loss/discriminator": (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()) / 2,
         "logits/real": real.mean(),
@@ -246,6 +250,21 @@ def test_losses_are_float32_and_gradients_keep_the_parameters_dtype_in_bfloat16(
     assert {leaf.dtype for leaf in jax.tree.leaves((grads, disc_grads))} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_means_are_sums_over_the_values_of_an_image_but_for_the_adversary() -> None:
+    """Gradients and lambda are those of the sums divided by the values; the discriminator's are the same."""
+    with jax.enable_x64(True):
+        networks, params, disc, images = _setup(jnp.float64)
+        run = lambda loss: jax.jit(lambda p: gan_gradients(loss, networks, p, disc, None, images, jax.random.key(4))[:3])(params)  # noqa: E731
+        sums, means = (run(AutoencoderLoss(kl_weight=0.1, reduction=reduction)) for reduction in ("sum", "mean"))  # type: ignore[arg-type]
+        values = images[0].size
+        _assert_close(means[0], jax.tree.map(lambda g: g / values, sums[0]), 1e-11)
+        _assert_close(means[1], sums[1], 1e-11)
+        for name in ("loss/nll", "adaptive_weight"):
+            np.testing.assert_allclose(means[2][name] * values, sums[2][name], rtol=1e-11)
+        for name in ("loss/pixel", "loss/kl", "codebook/loss", "loss/generator"):
+            np.testing.assert_allclose(means[2][name], sums[2][name], rtol=1e-11)
+
+
 def test_adaptive_weight_at_its_limits() -> None:
     loss = AutoencoderLoss(disc_weight=0.5)
     kernel = lambda value: {"kernel": jnp.full((2, 2), value), "bias": jnp.full(3, 1e9)}  # noqa: E731
@@ -259,6 +278,8 @@ def test_unknown_kinds_and_bad_weight_files_are_refused(tmp_path: Path) -> None:
         AutoencoderLoss(pixel="l3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'wgan' is neither"):
         AutoencoderLoss(disc_loss="wgan")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'max' is neither 'sum' nor 'mean'"):
+        AutoencoderLoss(reduction="max")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="LPIPS weights: no weight file"):
         load_lpips(str(tmp_path / "vgg.pth"))
     np.savez(tmp_path / "heads.npz", **{"lin0.model.1.weight": np.zeros((1, 64, 1, 1))})

@@ -52,6 +52,20 @@ def test_statistics_are_those_of_samples_of_the_whole_set(encoder: Encoder, mome
     np.testing.assert_allclose(drawn.std((0, 1, 2, 3)), spread, rtol=0.01)
 
 
+@pytest.mark.parametrize("kind", ["vq", "identity"])
+def test_statistics_of_latents_that_are_certain_are_their_own(kind: str) -> None:
+    cfg = tiny.config()
+    cfg.first_stage.kind = kind
+    with tiny.quick_compilation():
+        stage, params = tiny.first_stage(cfg)
+        images = np.stack([SOURCE[i]["image"] for i in range(64)])
+        latents = np.asarray(jax.jit(stage.moments)(params, images / np.float32(127.5) - 1), np.float64)
+        center, spread = latent_statistics(Encoder(stage, params, 24), SOURCE, limit=0, workers=1)
+    assert latents.shape == {"vq": (64, 4, 4, 4), "identity": (64, 16, 16, 3)}[kind]
+    np.testing.assert_allclose(center, latents.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(spread, latents.std((0, 1, 2)), rtol=1e-5)
+
+
 def test_statistics_of_a_part_are_those_of_other_examples(encoder: Encoder) -> None:
     whole, part = latent_statistics(encoder, SOURCE, 0, 1), latent_statistics(encoder, SOURCE, 24, 1)
     assert not np.allclose(whole[0], part[0])

@@ -16,11 +16,13 @@ from tests import tiny
 STEPS = 10
 LOSSES = {
     "autoencoder": ("loss/nll", "loss/kl", "loss/discriminator", "loss/generator", "adaptive_weight", "gradient_norm"),
+    "vq": ("loss/nll", "codebook/loss", "codebook/perplexity", "codebook/usage", "adaptive_weight", "gradient_norm"),
+    "vq-ema": ("loss/nll", "codebook/loss", "codebook/perplexity", "codebook/usage", "adaptive_weight", "gradient_norm"),
     "moments": ("loss", "gradient_norm"),
     "images": ("loss", "gradient_norm"),
 }
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 4, 1), "accumulated": (1, 1, 4), "mixed-accumulated": (2, 2, 4)}
-FAST = ("mixed", "accumulated")
+FAST = {"autoencoder": ("mixed", "accumulated"), "vq": ("accumulated",), "vq-ema": ("accumulated",), "moments": ("mixed", "accumulated")}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,10 +36,12 @@ def ten_updates(kind: str, dtype: str, data: int, fsdp: int, accumulation: int =
     """The metrics of every update, and the leaves of the first EMA after the last."""
     cfg = tiny.config()
     cfg.data.cache = kind != "images"
+    if kind in ("vq", "vq-ema"):
+        tiny.quantised(cfg, ema=0.8 if kind == "vq-ema" else 0.0)
     for train in (cfg.train, cfg.first_stage.train):
         train.update(dtype=dtype, accumulation=accumulation)
     with jax.enable_x64(dtype == "float64"), mock.patch.object(rules, "MIN_SPLIT_ELEMENTS", 128):
-        stage = tiny.autoencoder_stage(cfg) if kind == "autoencoder" else tiny.diffusion_stage(cfg)
+        stage = tiny.diffusion_stage(cfg) if kind in ("moments", "images") else tiny.autoencoder_stage(cfg)
         mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
         with jax.set_mesh(mesh):
             state = loop.init_state(stage, mesh)
@@ -68,10 +72,13 @@ def assert_equal_runs(kind: str, dtype: str, run: tuple, other: tuple) -> None:
 
 
 RUNS = [  # of one device in one piece, by: kind, dtype, data, fsdp, accumulation
-    pytest.param(kind, dtype, *run, id=f"{kind}-{dtype}-{name}", marks=() if dtype == "float64" and name in FAST else pytest.mark.slow)
-    for kind in ("autoencoder", "moments")
+    pytest.param(
+        kind, dtype, *run, id=f"{kind}-{dtype}-{name}", marks=() if dtype == "float64" and name in FAST[kind] else pytest.mark.slow
+    )
+    for kind in FAST
     for dtype in ("float64", "float32")
     for name, run in MESHES.items()
+    if dtype == "float64" or kind not in ("vq", "vq-ema")  # rounding to float32 gives a latent between two entries now one, now the other
 ]
 
 

@@ -1,0 +1,30 @@
+"""Images from the embeddings of their neighbours (Blattmann et al. 2022).
+
+    python -m ldm_jax.train --config configs/retrieval.py[:PRESET] --workdir runs/retrieval
+
+Presets:
+  openimages768  the released model of 768 px (1.34 billion parameters) on KL-f16 latents, given up to 20 embeddings of CLIP ViT-L/14.
+
+It samples and takes released weights; training it needs a search among embeddings, which is not here yet.
+"""
+
+from ml_collections import ConfigDict
+
+from ldm_jax import presets
+
+
+def get_config(preset: str = "openimages768") -> ConfigDict:
+    return presets.choose({"openimages768": openimages768}, preset, "configs/retrieval.py")
+
+
+def openimages768() -> ConfigDict:
+    config = presets.paper("kl-f16", start=0.0015, end=0.015)
+    config.data.resolution = 768
+    config.first_stage.latent_scale = "0.22765929"
+    config.denoiser.update(channels=448, channel_mult=(1, 2, 3, 4), attention_levels=(1, 2, 4), num_heads=0, head_channels=32)
+    config.denoiser.update(transformer_depth=1, remat="blocks")
+    config.conditioning.neighbors.update(enabled=True, count=20, width=768)
+    config.optimizer.update(learning_rate=1e-4)
+    config.train.update(steps=1_000_000, batch_size=64)
+    config.sample.update(steps=100, guidance=5.0)
+    return config

@@ -1,0 +1,192 @@
+"""Folders of diffusers: whole pipelines read and written, and autoencoders alone."""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ldm_jax.conditioning.tokenizer import Tokenizer
+from ldm_jax.config import UserError
+from ldm_jax.interop import diffusers, dit, text_encoders
+from ldm_jax.interop.architecture import Architecture
+from ldm_jax.interop.importing import Networks, Part, build_networks, write_model
+from ldm_jax.interop.keymap import KeyMap, under
+from ldm_jax.interop.safetensors_file import Weights, open_weights
+from ldm_jax.interop.scheduler import from_scheduler
+from ldm_jax.nn.dit import DiT
+from ldm_jax.nn.unet import UNet
+
+_AUTOENCODERS = ("AutoencoderKL", "VQModel")
+_UNETS = ("UNet2DConditionModel", "UNet2DModel")
+_DITS = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in pipelines of before the first
+
+
+class _Text(NamedTuple):
+    """A class of text encoders there: our kind, its settings from config.json, its map, and names that are not read."""
+
+    kind: str
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]]
+    key_map: Callable[[Mapping[str, Any], Collection[str]], KeyMap]
+    ignored: Sequence[str]
+
+
+_CLIP = _Text("clip", text_encoders.clip_from_hf, lambda p, names: text_encoders.clip_map(p, names=names), text_encoders.CLIP_IGNORED)
+_TEXT = {
+    "LDMBertModel": _Text(
+        "transformer", text_encoders.ldmbert_from_hf, lambda p, names: text_encoders.ldmbert_map(p), text_encoders.LDMBERT_IGNORED
+    ),
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP,
+    "T5EncoderModel": _Text(
+        "t5", text_encoders.t5_from_hf, lambda p, names: text_encoders.t5_map(p, names=names), text_encoders.T5_IGNORED
+    ),
+}
+
+
+class _Folder:
+    """A pipeline's folder: which component is which class, their configurations and weights."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        index = _read_json(path / "model_index.json")
+        self.pipeline = index.get("_class_name")
+        self.classes = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
+
+    def find(self, classes: Any) -> str | None:
+        """The name of the component that is of one of these classes."""
+        return next((name for name, made in self.classes.items() if made in classes), None)
+
+    def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
+        return {"_class_name": self.classes[name], **_read_json(self.path / name / file)}
+
+    def weights(self, name: str) -> Weights:
+        return _open(self.path / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no configuration")
+    return content
+
+
+def _open(path: Path) -> Weights:
+    try:
+        return open_weights(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def import_folder(path: str | Path, output: str | Path, tokenizer: str = "", dtype: Any = np.float32) -> list[str]:
+    """Writes a model directory of a pipeline's folder, or of an autoencoder's. Returns notes for the user. Raises UserError."""
+    root = Path(path)
+    if (root / "model_index.json").exists():
+        return _import_pipeline(_Folder(root), output, tokenizer, dtype)
+    config = _read_json(root / "config.json")
+    if config.get("_class_name") not in _AUTOENCODERS:
+        raise UserError(f"{root} is a {config.get('_class_name')} alone: give the folder of its whole pipeline, or that of an autoencoder")
+    first_stage = diffusers.autoencoder_settings(config)
+    architecture = Architecture(first_stage, resolution=_side(config))
+    networks = build_networks(architecture, *_latent_scale(config), None, {"format": "diffusers"})
+    write_model(networks, [_autoencoder_part(networks, root, _open(root))], None, output, dtype)
+    return []
+
+
+def _side(config: Mapping[str, Any]) -> int:
+    """`sample_size`, which may be one number or two that agree."""
+    size = config.get("sample_size")
+    side: Any = size[0] if isinstance(size, list) and len({*size}) == 1 else size
+    if not isinstance(side, int):
+        raise UserError(f"{config.get('_class_name')}: sample_size {size} is not the side of a square")
+    return side
+
+
+def _latent_scale(config: Mapping[str, Any], pipeline: str | None = None) -> tuple[float, float]:
+    """(shift, scale) of an autoencoder's latents: there scaled = (raw - shift_factor) * scaling_factor.
+
+    Files of a VQModel without the factor are of latents that were never scaled, although diffusers' default would scale them; and
+    LDMSuperResolutionPipeline scales nothing, whatever they say.
+    """
+    if pipeline == "LDMSuperResolutionPipeline":
+        return 0.0, 1.0
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise UserError("latents_mean and latents_std of an autoencoder have no counterpart here yet")
+    default = 1.0 if config.get("_class_name") == "VQModel" else 0.18215
+    return float(config.get("shift_factor") or 0.0), 1.0 / float(config.get("scaling_factor") or default)
+
+
+def _autoencoder_part(networks: Networks, path: Path, weights: Weights) -> Part:
+    levels = len(networks.first_stage.network.channel_mult)
+    keys = under("first_stage", diffusers.autoencoder_map(levels, networks.params["first_stage"]))
+    return Part(str(path), diffusers.as_saved(keys, weights.shapes()), weights)
+
+
+def _denoiser_part(networks: Networks, path: Path, weights: Weights, linear: bool) -> Part:
+    assert networks.denoiser is not None
+    keys = denoiser_map(networks, linear)
+    plain = isinstance(networks.denoiser.network, UNet) and not networks.denoiser.network.transformer_depth
+    return Part(str(path), diffusers.as_saved(keys, weights.shapes()) if plain else keys, weights)
+
+
+def _import_pipeline(folder: _Folder, output: str | Path, tokenizer: str, dtype: Any) -> list[str]:
+    first, denoiser = folder.find(_AUTOENCODERS), folder.find((*_UNETS, *_DITS))
+    text = folder.find(_TEXT)
+    if first is None or denoiser is None or "scheduler" not in folder.classes:
+        raise UserError(f"{folder.path} is no pipeline of latent diffusion that is known here: it has {folder.classes}")
+    diffusion, sample = from_scheduler(folder.config("scheduler", "scheduler_config.json"))
+    autoencoder, config = folder.config(first), folder.config(denoiser)
+    conditioning: dict[str, dict[str, Any]] = {}
+    if config["_class_name"] in _DITS:
+        settings = dit.dit_settings(config)
+        conditioning["label"] = {
+            "num_classes": config["num_embeds_ada_norm"],
+            "null_class": True,
+            "width": settings["width"],
+            "to": "vector",
+        }
+    else:
+        settings = diffusers.unet_settings(config)
+        extra = config["in_channels"] - config["out_channels"]
+        if extra:
+            small = config["_class_name"] == "UNet2DModel"
+            conditioning |= {"low_res": {}} if small else {"mask": {"style": "sd"}}
+    if text:
+        about = _TEXT[folder.classes[text]]
+        conditioning["text"] = {"kind": about.kind, "frozen": about.kind != "transformer", **about.settings(folder.config(text))}
+        if "tokenizer" in folder.classes and not tokenizer:
+            tokenizer = str(folder.path / "tokenizer")
+    size = _side(config) * 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    architecture = Architecture(
+        diffusers.autoencoder_settings(autoencoder), settings, conditioning, diffusion, sample=sample, resolution=size
+    )
+    notes = [] if tokenizer or not text else ["no tokenizer: give one with --tokenizer, or the model cannot read prompts"]
+    tokens = Tokenizer.pretrained(tokenizer, conditioning["text"].get("max_length", 77)) if text and tokenizer else None
+    linear = bool(config.get("use_linear_projection", False))
+    origin = {"format": "diffusers", "linear_projections": linear}
+    networks = build_networks(architecture, *_latent_scale(autoencoder, folder.pipeline), tokens, origin)
+    parts = [
+        _autoencoder_part(networks, folder.path / first, folder.weights(first)),
+        _denoiser_part(networks, folder.path / denoiser, folder.weights(denoiser), linear),
+    ]
+    if text:
+        weights = folder.weights(text)
+        keys = about.key_map(networks.params["conditioner"]["text"], tuple(weights))
+        parts.append(Part(str(folder.path / text), under("conditioner/text", keys), weights, about.ignored))
+    write_model(networks, parts, tokens, output, dtype)
+    return notes
+
+
+def denoiser_map(networks: Networks, linear: bool) -> KeyMap:
+    """The map of the second stage's network; with a DiT comes its table of classes, which is the conditioner's here."""
+    assert networks.denoiser is not None
+    network, params = networks.denoiser.network, networks.params
+    if isinstance(network, DiT):
+        keys = dit.diffusers_map(network, {"denoiser": params["denoiser"], "label": params["conditioner"]["label"]})
+        moved = [tuple(leaf if leaf.startswith("denoiser/") else f"conditioner/{leaf}" for leaf in t.leaves) for t in keys]
+        return [t._replace(leaves=leaves) for t, leaves in zip(keys, moved, strict=True)]
+    return under("denoiser", diffusers.unet_map(network, params["denoiser"], linear))
