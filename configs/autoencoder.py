@@ -4,8 +4,9 @@
 
 Presets:
   shapes  (default) the small autoencoder of drawn scenes, as the other files' `shapes` have it; nothing to download, five minutes.
-  NAME    a row of the paper's table 8: pictures of OpenImages in random crops of 256 px; reconstruction FID and PSNR on ImageNet's
-          validation set, updates of the released weights. `*`: no weights were released.
+  NAME    a row of the paper's table 8, trained on OpenImages in random crops of 256 px (here pictures are cropped at their centre):
+          reconstruction FID and PSNR on ImageNet's validation set, and updates, of the released weights. `*`: none were released, and
+          what table 8 does not say is that of the nearest row.
 
     kl-f2       0.086 / 32.5  *                    vq-f2         0.16 / 30.9  *
     kl-f4       0.27  / 27.5  176,991 updates      vq-f2-n64     0.40 / 29.1  *
@@ -13,7 +14,7 @@ Presets:
     kl-f16      0.87  / 24.1  442,998              vq-f4-n256    0.47 / 26.4  *
     kl-f16-d8   2.63  / 21.9  *                    vq-f4-noattn  1.06 / 25.2  658,131
     kl-f32      2.04  / 22.3  406,763              vq-f8         1.14 / 23.1  971,043
-    kl-f32-d16  7.3   / 20.4  *                    vq-f8-n256    1.49 / 23.1  1,608,649
+    kl-f32-d16  7.3   / 20.4  *                    vq-f8-n256    1.49 / 22.4  1,608,649
                                                    vq-f16        5.15 / 20.8  1,101,166
                                                    vq-f32        31.8 / 17.5  *
 

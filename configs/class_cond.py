@@ -4,13 +4,14 @@
 
 Presets:
   shapes       (default) drawn scenes of one object, 64 px, by its colour and shape (40 classes); nothing to download, a few minutes.
-  imagenet-f4  LDM-4 (400M): FID 10.56, IS 103.49 by 250 DDIM steps; with guidance 1.5, FID 3.60, IS 247.67. 178,000 updates of 1,200
-               images, 271 V100 days (tables 10, 13 and 18).
-  imagenet-f8  LDM-8 (395M): FID 15.51, IS 79.03 by 200 DDIM steps; 4.8 million updates of 64 images, 79 V100 days. Trained without a
-               null class, as it was: its guidance came from a classifier.
-  imagenet-f1, -f2, -f16, -f32   the other factors of table 13, 2 million updates each (figure 6 compares them).
-  dit-s, dit-b, dit-l, dit-xl    DiT/2 (Peebles & Xie 2023) on KL-f8 latents: XL reaches FID 9.62 after 7 million updates of 256 images, and
-               2.27 with guidance 1.5.
+  imagenet-f4  LDM-4 (401M; 400M in table 10): FID 10.56, IS 103.49 by 250 DDIM steps; with guidance 1.5, FID 3.60, IS 247.67. 178,000
+               updates of 1,200 images, 271 V100 days (tables 10, 15 and 18).
+  imagenet-f8  LDM-8 (395M): FID 15.51, IS 79.03 by 200 DDIM steps; 4.8 million updates of 64 images, 79 V100 days (tables 10, 13 and 18).
+               Trained without a null class, as it was: its guidance came from a classifier.
+  imagenet-f1, -f2, -f16, -f32   the other factors of table 13 (396M, 391M, 395M, 395M), 2 million updates of 7, 9, 112 and 112 images, each
+               on one A100; figure 6 compares them. The latents of f32, 8x8x32, are not a row of table 8: its first stage is vq-f32, wider.
+  dit-s, dit-b, dit-l, dit-xl    DiT/2 (Peebles & Xie 2023; 33M, 130M, 458M, 675M) on KL-f8 latents: XL reaches FID 9.62 after 7 million
+               updates of 256 images, and 2.27 with guidance 1.5.
 
 The ImageNet presets take a folder with a sub-folder for each class: --config.data.path=DIR. A trained first stage is given by
 --config.first_stage.path.
@@ -34,7 +35,6 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 def shapes() -> ConfigDict:
     config = presets.shapes()
     config.data.counts = (1,)
-    config.conditioning.text.enabled = False
     config.conditioning.label.update(enabled=True, num_classes=40, width=128)
     config.train.steps = 4_000
     return config
@@ -47,7 +47,7 @@ _IMAGENET = {
     4: ("vq-f4", 192, (1, 2, 3, 5), (2, 4, 8), 1200, 1e-4, 178_000),
     8: ("vq-f8", 256, (1, 2, 4), (1, 2, 4), 64, 6.4e-5, 4_800_000),
     16: ("vq-f16", 256, (1, 2, 4), (1, 2, 4), 112, 4.5e-5, 2_000_000),
-    32: ("kl-f32-d16", 256, (1, 2, 4), (1, 2, 4), 112, 4.5e-5, 2_000_000),
+    32: ("vq-f32", 256, (1, 2, 4), (1, 2, 4), 112, 4.5e-5, 2_000_000),
 }
 
 
@@ -56,6 +56,8 @@ def imagenet(factor: int) -> ConfigDict:
     config = presets.paper(first or "kl-f8")
     if not first:
         config.first_stage.update(kind="identity", latent_channels=3)
+    if factor == 32:
+        config.first_stage.update(z_channels=32, latent_channels=32)
     heads = {"num_heads": 0, "head_channels": 32} if factor == 8 else {"num_heads": 1, "head_channels": 0}
     config.denoiser.update(channels=channels, channel_mult=mult, attention_levels=attention, transformer_depth=1, **heads)
     guided = factor == 4

@@ -7,14 +7,18 @@ Presets:
               numbers on two CPU cores.
   smoke       every stage in under two minutes on two CPU cores: a check that all works, not a model.
   gpu         the same scenes at 256 px, for one large GPU.
-  laion-1p4b  the paper's 1.45-billion-parameter text model (tables 2 and 15: FID 12.63 on COCO with guidance 1.5), for captioned images of
-              your own: --config.data.source=folder --config.data.path=DIR. Its first stage is KL-f8; give a trained one with
-              --config.first_stage.path.
-  cc-f4       the paper's text model of Conceptual Captions on VQ-f4 (404 million parameters and 186 of text; FID 16.79 by 100 DDIM steps).
-  sd1         Stable Diffusion 1.x: 860 million parameters, CLIP ViT-L/14 as it is; 512 px. Start from its weights with train.init_from.
-  sd2, sd2-v  Stable Diffusion 2.x: OpenCLIP ViT-H/14, 512 px by eps or 768 px by v.
+  laion-1p4b  the paper's text model (872M and 582M of text) on KL-f8: FID 23.31, IS 20.03 on COCO by 250 DDIM steps; with guidance 1.5, FID
+              12.63, IS 30.29. 390,000 updates of 680 images (tables 2 and 15).
+  cc-f4       the released text model of Conceptual Captions (404M and 186M of text) on VQ-f4: FID 16.79, IS 13.89 by 100 DDIM steps. Batch
+              and rate are the released file's, the number of updates is not published.
+  sd1         Stable Diffusion 1.x (860M, and CLIP ViT-L/14 as it is): updates of 2,048 images, 237,000 at 256 px and 194,000 at 512 px for
+              v1-1, to which v1-2 adds 515,000 and v1-4 another 225,000; 150,000 A100 hours.
+  sd2, sd2-v  Stable Diffusion 2.x (866M, OpenCLIP ViT-H/14), 512 px by eps or 768 px by v; its training is set as that of sd1.
   sd1-inpainting  Stable Diffusion's inpainting model: sd1 that is given a picture with a hole besides. It samples and takes released
               weights; training it needs masks, which are not here yet.
+
+Below `gpu` they take captioned images, --config.data.path=DIR; a trained first stage is given by --config.first_stage.path. Those of Stable
+Diffusion start from converted weights, --config.train.init_from=DIR.
 """
 
 from ml_collections import ConfigDict
@@ -46,7 +50,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
 def shapes() -> ConfigDict:
     config = presets.shapes()
-    config.conditioning.text.update(vocab_size=512, max_length=24, width=128, depth=2, num_heads=4, head_dim=32)
+    config.conditioning.text.update(enabled=True, vocab_size=512, max_length=24, width=128, depth=2, num_heads=4, head_dim=32)
     config.sample.prompts = PROMPTS
     return config
 

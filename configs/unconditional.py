@@ -4,7 +4,7 @@
 
 Presets:
   shapes         (default) drawn scenes of 64 px; nothing to download, a few minutes.
-  celeba256      LDM-4 (274M): FID 5.11, 410,000 updates of 48 images, 14 V100 days; 500 DDIM steps.
+  celeba256      LDM-4 (274M): FID 5.11, 410,000 updates of 48 images, 14.4 V100 days; 500 DDIM steps.
   ffhq256        LDM-4 (274M): FID 4.98, 635,000 updates of 42 images, 26 V100 days; 200 steps, eta 1.
   bedrooms256    LDM-4 (274M): FID 2.95, 1.9 million updates of 48 images, 60 V100 days; 200 steps, eta 1.
   churches256    LDM-8 (295M), l1 loss: FID 4.02, 500,000 updates of 96 images, 18 V100 days; 200 steps.
@@ -31,7 +31,6 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
 def shapes() -> ConfigDict:
     config = presets.shapes()
-    config.conditioning.text.enabled = False
     config.denoiser.transformer_depth = 0
     config.sample.guidance = 1.0
     config.train.steps = 4_000

@@ -74,6 +74,7 @@ def first_stage() -> ConfigDict:
             "latent_channels": 4,
             "patch_size": 1,
             "norm_groups": 0,  # of every norm; 0: 32, or fewer in narrow networks
+            "quant_conv": True,  # 1x1 convolutions on both sides of the latents
             "init_log_var": 0.0,  # kl: log-variance of an untrained encoder's posterior
             "codebook": {  # vq
                 "size": 8192,

@@ -298,7 +298,7 @@ class LatentDiffusion:
                 arrays = denoiser.conditioning.prepare({name: [values[i] for i in index] for name, values in given.items()})
             except ValueError as error:
                 raise UserError(f"cannot sample: {error}") from error
-            null = denoiser.conditioning.null(size)
+            null = denoiser.conditioning.unconditional(arrays)
             if negative is not None:
                 null |= denoiser.conditioning.prepare({"text": [negative] * size}, only="text")
             images.append(self._draw(denoiser, settings, seed, index, arrays, null, guidance)[: total - start])

@@ -9,7 +9,8 @@ from ldm_jax.config import UserError, base
 
 
 class FirstStage(NamedTuple):
-    """A row: the latent is of `channels` channels, `codebook` is its size (0: KL), and the rest is as in the released training files."""
+    """A row: the latent is of `channels` channels, `codebook` is its size (0: KL), `steps` are the updates of the released weights, and the
+    rest is as in the released training files."""
 
     channel_mult: tuple[int, ...]
     channels: int
@@ -20,26 +21,27 @@ class FirstStage(NamedTuple):
     disc_weight: float = 0.5
     disc_layers: int = 3
     batch_size: int = 12
+    steps: int = 500_000
 
 
 _F2, _F4, _KL_F8, _VQ_F8, _F16, _F32 = (1, 2), (1, 2, 4), (1, 2, 4, 4), (1, 2, 2, 4), (1, 1, 2, 2, 4), (1, 1, 2, 2, 4, 4)
 
 FIRST_STAGES = {
     "kl-f2": FirstStage(_F2, 2),
-    "kl-f4": FirstStage(_F4, 3, batch_size=10),
-    "kl-f8": FirstStage(_KL_F8, 4, batch_size=4),
-    "kl-f16": FirstStage(_F16, 16, (16,), batch_size=6),
+    "kl-f4": FirstStage(_F4, 3, batch_size=10, steps=176_991),
+    "kl-f8": FirstStage(_KL_F8, 4, batch_size=4, steps=246_803),
+    "kl-f16": FirstStage(_F16, 16, (16,), batch_size=6, steps=442_998),
     "kl-f16-d8": FirstStage(_F16, 8, (16,), batch_size=6),
-    "kl-f32": FirstStage(_F32, 64, (16, 32), batch_size=6),
+    "kl-f32": FirstStage(_F32, 64, (16, 32), batch_size=6, steps=406_763),
     "kl-f32-d16": FirstStage(_F32, 16, (16, 32), batch_size=6),
     "vq-f2": FirstStage(_F2, 2, codebook=2048, disc_start=0, disc_weight=0.75, batch_size=8),
     "vq-f2-n64": FirstStage(_F2, 2, codebook=64, disc_start=0, disc_weight=0.75, batch_size=8),
-    "vq-f4": FirstStage(_F4, 3, codebook=8192, disc_start=0, disc_weight=0.75, batch_size=8),
+    "vq-f4": FirstStage(_F4, 3, codebook=8192, disc_start=0, disc_weight=0.75, batch_size=8, steps=533_066),
     "vq-f4-n256": FirstStage(_F4, 3, codebook=256, disc_start=0, disc_weight=0.75, batch_size=8),
-    "vq-f4-noattn": FirstStage(_F4, 3, codebook=8192, mid_attention=False, disc_start=11, disc_weight=0.75, batch_size=8),
-    "vq-f8": FirstStage(_VQ_F8, 4, (8,), 16_384, disc_start=1, disc_weight=0.6, disc_layers=2, batch_size=10),
-    "vq-f8-n256": FirstStage(_VQ_F8, 4, (8,), 256, disc_start=250_001, disc_weight=0.75, batch_size=10),
-    "vq-f16": FirstStage(_F16, 8, (16,), 16_384, disc_start=250_001, disc_weight=0.75, disc_layers=2, batch_size=14),
+    "vq-f4-noattn": FirstStage(_F4, 3, codebook=8192, mid_attention=False, disc_start=11, disc_weight=0.75, batch_size=8, steps=658_131),
+    "vq-f8": FirstStage(_VQ_F8, 4, (8,), 16_384, disc_start=1, disc_weight=0.6, disc_layers=2, batch_size=10, steps=971_043),
+    "vq-f8-n256": FirstStage(_VQ_F8, 4, (8,), 256, disc_start=250_001, disc_weight=0.75, batch_size=10, steps=1_608_649),
+    "vq-f16": FirstStage(_F16, 8, (16,), 16_384, disc_start=250_001, disc_weight=0.75, disc_layers=2, batch_size=14, steps=1_101_166),
     "vq-f32": FirstStage(_F32, 16, (16, 32), 16_384, disc_start=250_001, disc_weight=0.75, disc_layers=2, batch_size=14),
 }
 """Released: kl-f4, kl-f8, kl-f16, kl-f32, vq-f4, vq-f4-noattn, vq-f8, vq-f8-n256, vq-f16. Of the others the paper gives factor, codebook
@@ -47,7 +49,10 @@ and channels only; the rest follows their nearest neighbours."""
 
 
 def set_first_stage(group: ConfigDict, name: str) -> None:
-    """Makes a `first_stage` group that row of `FIRST_STAGES`, with the released training: Adam, no decay, learning rate by its formula."""
+    """Makes a `first_stage` group that row of `FIRST_STAGES`, with the released training: Adam, no decay, learning rate by its formula.
+
+    But for one thing: a codebook's beta weighs what it is meant to (`legacy_beta`).
+    """
     row: Any = FIRST_STAGES[name]
     group.update(kind="vq" if row.codebook else "kl", channels=128, channel_mult=row.channel_mult, num_res_blocks=2)
     group.update(attention_levels=row.attention, mid_attention=row.mid_attention, z_channels=row.channels, latent_channels=row.channels)
@@ -57,7 +62,7 @@ def set_first_stage(group: ConfigDict, name: str) -> None:
         group.codebook.update(size=row.codebook, beta=0.25, legacy_beta=False)
         group.loss.update(reduction="mean", codebook_weight=1.0)
         group.latent_scale = "1.0"
-    group.train.update(steps=500_000, batch_size=row.batch_size)
+    group.train.update(steps=row.steps, batch_size=row.batch_size)
     # 4.5e-6 for each image of the batch, as the released files have it.
     group.optimizer.update(kind="adam", learning_rate=4.5e-6 * row.batch_size, b1=0.5, b2=0.9, weight_decay=0.0, clip_norm=0.0, warmup=0)
 
@@ -70,20 +75,25 @@ def choose(known: Mapping[str, Any], preset: str, file: str) -> ConfigDict:
 
 
 def paper(first_stage: str, start: float = 0.0015, end: float = 0.0195, loss: str = "l2") -> ConfigDict:
-    """What all models of the paper have in common: eps-prediction on 1000 steps, AdamW, EMA of 0.9999, that first stage, no conditions."""
+    """What all models of the paper have in common: eps-prediction on 1000 steps, AdamW without warm-up and clipping, EMA of 0.9999.
+
+    Of a condition there is none yet; the first stage is that row of `FIRST_STAGES`.
+    """
     config = base()
     set_first_stage(config.first_stage, first_stage)
     config.data.update(source="folder", resolution=256)
     config.conditioning.text.enabled = False
     config.diffusion.update(process="discrete", schedule="linear", start=start, end=end, prediction="eps", loss=loss)
+    config.optimizer.update(warmup=0, clip_norm=0.0)
     config.ema.decays = (0.9999,)
     config.sample.update(sampler="ddim", steps=200, guidance=1.0, eta=0.0, spacing="leading")
     return config
 
 
 def shapes() -> ConfigDict:
-    """A small model of drawn scenes of 64 px, trained in minutes on two CPU cores; see the README for time and numbers."""
+    """A small model of drawn scenes of 64 px, trained in minutes on two CPU cores, without conditions yet; the README has its numbers."""
     config = base()
+    config.conditioning.text.enabled = False
     config.data.update(source="shapes", resolution=64, size=60_000, counts=(1, 2, 3))
 
     first = config.first_stage

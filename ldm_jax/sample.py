@@ -1,4 +1,10 @@
-"""`python -m ldm_jax.sample --model DIR --prompt TEXT --output DIR`: images from a trained model, as PNG files and one grid."""
+"""Images from a trained model, as PNG files and one grid.
+
+python -m ldm_jax.sample --model DIR --output DIR [--prompt TEXT] [--label CLASS ...] [--num N]
+"""
+
+from collections.abc import Collection
+from typing import Any
 
 from ldm_jax import cli
 from ldm_jax.config import UserError, write_bytes
@@ -11,7 +17,8 @@ def parser() -> cli.Parser:
     p.add_argument("--prompt", help="a text, for every image")
     p.add_argument("--prompts-file", help="a text file with a prompt a line, one image each")
     p.add_argument("--negative", help="a text to move away from")
-    p.add_argument("--num", type=int, help="images (default: one for each prompt)")
+    p.add_argument("--label", "--class", type=int, nargs="+", metavar="CLASS", help="a class for all images, or one for each, from 0")
+    p.add_argument("--num", type=int, help="images (default: one for each prompt or class)")
     p.add_argument("--steps", type=int)
     p.add_argument("--guidance", type=float)
     p.add_argument("--sampler")
@@ -41,9 +48,30 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str] | None:
     return prompts
 
 
+_FLAGS = {"text": "--prompt", "label": "--label"}
+
+
+def check_inputs(takes: Collection[str], given: Collection[str]) -> None:
+    """Raises UserError where a model that takes these inputs is given others, or lacks one; a text may be left out."""
+    flags = ", ".join(_FLAGS.get(name, name) for name in takes) or "--num alone"
+    if unknown := [_FLAGS[name] for name in given if name not in takes]:
+        raise UserError(f"this model takes no {', '.join(unknown)}: it takes {flags}")
+    if missing := [name for name in takes if name not in (*given, "text")]:
+        beyond = [name for name in missing if name not in _FLAGS]
+        how = f"give it in Python: ldm_jax.load(...).sample({beyond[0]}=[...])" if beyond else "one for every image, or one for each"
+        raise UserError(f"this model needs {', '.join(_FLAGS.get(name, name) for name in missing)}: {how}")
+
+
+def captions_of(prompts: list[str] | None, labels: list[int] | None, num: int) -> list[str] | None:
+    """What is written under each of `num` images."""
+    lines = [text if len(text) > 1 else text * num for text in (prompts, [f"class {i}" for i in labels or []]) if text]
+    return [", ".join(line) for line in zip(*lines, strict=True)] or None
+
+
 def main() -> int:
     args = parser().parse_args()
     prompts = read_prompts(args.prompt, args.prompts_file)
+    inputs: dict[str, Any] = {name: value for name, value in (("text", prompts), ("label", args.label)) if value is not None}
     cli.start()
     from etils import epath
     from PIL import Image
@@ -53,7 +81,12 @@ def main() -> int:
 
     model = ldm_jax.load(args.model, args.step, args.ema, args.dtype)
     names = ("num", "steps", "guidance", "sampler", "seed", "negative", "eta", "spacing", "batch_size")
-    images = model.sample(prompts=prompts, **{name: getattr(args, name) for name in names})
+    if model.denoiser is not None:
+        check_inputs(
+            [c.name for c in model.denoiser.conditioning.conditioners],
+            inputs | ({"text": args.negative} if args.negative is not None else {}),
+        )
+    images = model.sample(**inputs, **{name: getattr(args, name) for name in names})
     output = epath.Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -61,8 +94,7 @@ def main() -> int:
         raise UserError(f"cannot create {output}: {error.strerror or error}") from error
     for i, image in enumerate(images):
         write_bytes(output / f"{i:05d}.png", png_bytes(Image.fromarray(image)))
-    captions = None if prompts is None else prompts * len(images) if len(prompts) == 1 else prompts
-    save_grid(output / "grid.png", images, min(8, len(images)), captions)
+    save_grid(output / "grid.png", images, min(8, len(images)), captions_of(prompts, args.label, len(images)))
     print(f"{len(images)} images: {output}")
     return cli.OK
 

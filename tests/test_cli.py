@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,9 @@ def test_a_fresh_process_leaves_nothing_either(tmp_path: Path) -> None:
 
 
 def random_like(shapes: Any) -> Any:
-    """Parameters without a compiled initialisation."""
+    """Parameters without a compiled initialisation, large enough for conditions to matter."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: 0.1 * rng.normal(size=s.shape).astype(np.float32), shapes)
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) / max(1, np.prod(s.shape[:-1])) ** 0.5).astype(np.float32), shapes)
 
 
 def first_stage(cfg: ConfigDict) -> tuple[FirstStage, Any]:
@@ -195,17 +196,31 @@ def first_stage(cfg: ConfigDict) -> tuple[FirstStage, Any]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`models(condition)`: the directory of an untrained model that is told a text, a label, boxes, text and label, or nothing."""
+
+    @cache
+    def make(condition: str) -> Path:
+        cfg = tiny.config()
+        cfg.diffusion.update(process="flow", prediction="flow")
+        cfg.sample.update(sampler="euler")
+        cfg.conditioning.text.enabled = "text" in condition
+        cfg.conditioning.label.update(enabled="label" in condition, num_classes=8, width=16)
+        cfg.conditioning.boxes.update(enabled=condition == "boxes", width=16, depth=1, num_heads=2, head_dim=8)
+        first, first_params = first_stage(cfg)
+        stage = DiffusionStage(cfg, first, first_params, tiny.Moments(), tiny.tokenizer(cfg))
+        params = random_like(jax.eval_shape(lambda key: stage.denoiser.init(key, stage.latent_shape), jax.random.key(0)))
+        path = tmp_path_factory.mktemp("trained") / "model"
+        stage.model(params, model_info(cfg, 0)).save(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model(models: Callable[[str], Path]) -> Path:
     """The directory of an untrained text-to-image model."""
-    cfg = tiny.config()
-    cfg.diffusion.update(process="flow", prediction="flow")
-    cfg.sample.update(sampler="euler")
-    first, first_params = first_stage(cfg)
-    stage = DiffusionStage(cfg, first, first_params, tiny.Moments(), tiny.tokenizer(cfg))
-    params = random_like(jax.eval_shape(lambda key: stage.denoiser.init(key, stage.latent_shape), jax.random.key(0)))
-    path = tmp_path_factory.mktemp("trained") / "model"
-    stage.model(params, model_info(cfg, 0)).save(path)
-    return path
+    return models("text")
 
 
 def test_the_command_and_python_give_the_same_pixels(model: Path, run: Run, tmp_path: Path) -> None:
@@ -225,6 +240,64 @@ def test_a_file_of_prompts(model: Path, run: Run, tmp_path: Path) -> None:
     assert code == cli.OK, err
     images = ldm_jax.load(str(model)).sample(prompts=["a red circle", "a blue square"])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "00001.png")), images[1])
+
+
+@pytest.mark.parametrize(
+    ("condition", "arguments", "inputs"),
+    [
+        ("label", ("--label", "3", "--num", "2"), {"label": [3, 3]}),
+        ("label", ("--label", "3", "7"), {"label": [3, 7]}),
+        ("nothing", ("--num", "2"), {"num": 2}),
+        ("text and label", ("--label", "3", "7", "--prompt", "a red circle"), {"label": [3, 7], "text": ["a red circle"] * 2}),
+        ("text and label", ("--label", "3", "7"), {"label": [3, 7], "text": ["", ""]}),
+    ],
+)
+def test_models_that_are_told_other_things(
+    condition: str, arguments: tuple[str, ...], inputs: dict[str, Any], models: Callable[[str], Path], run: Run, tmp_path: Path
+) -> None:
+    code, out, err = run(sample.main, "--model", str(models(condition)), *arguments, "--output", "out")
+    assert (code, out) == (cli.OK, "2 images: out\n"), err
+    images = ldm_jax.load(str(models(condition))).sample(**inputs)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "grid.png"]
+    for i, image in enumerate(images):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:05d}.png")), image)
+
+
+def test_one_image_where_nothing_is_told(models: Callable[[str], Path], run: Run) -> None:
+    assert run(sample.main, "--model", str(models("nothing")), "--output", "out")[:2] == (cli.OK, "1 images: out\n")
+
+
+def test_an_image_obeys_its_class(models: Callable[[str], Path]) -> None:
+    images = ldm_jax.load(str(models("label"))).sample(label=[3, 7, 3], seed=1, guidance=4.0).astype(int)
+    again = ldm_jax.load(str(models("label"))).sample(label=[7, 7, 3], seed=1, guidance=4.0)
+    assert np.abs(images[0] - again[0]).max() > 1
+    np.testing.assert_array_equal(images[1:], again[1:])
+
+
+@pytest.mark.parametrize(
+    ("condition", "arguments", "message"),
+    [
+        ("text", ("--label", "3"), "this model takes no --label: it takes --prompt"),
+        ("label", ("--prompt", "a red circle"), "this model takes no --prompt: it takes --label"),
+        ("label", ("--label", "3", "--negative", "a red circle"), "this model takes no --prompt: it takes --label"),
+        ("label", ("--num", "3"), "this model needs --label: one for every image, or one for each"),
+        ("label", ("--label", "8"), "labels must lie in [0, 8), not 8 to 8"),
+        ("label", ("--label", "-1"), "labels must lie in [0, 8), not -1 to -1"),
+        ("label", ("--label", "99999999999"), "labels must be int32 numbers"),
+        ("label", ("--label", "red"), "argument --label/--class: invalid int value: 'red'"),
+        ("label", ("--label", "1", "2", "--num", "3"), "2 label for 3 images: give one, or one for each image"),
+        ("text and label", ("--prompt", "a red circle"), "this model needs --label"),
+        ("nothing", ("--prompt", "a red circle"), "this model takes no --prompt: it takes --num alone"),
+        ("nothing", ("--label", "3"), "this model takes no --label: it takes --num alone"),
+        ("boxes", (), "this model needs boxes: give it in Python: ldm_jax.load(...).sample(boxes=[...])"),
+        ("boxes", ("--prompt", "a red circle"), "this model takes no --prompt: it takes boxes"),
+    ],
+)
+def test_what_a_model_is_told(
+    condition: str, arguments: tuple[str, ...], message: str, models: Callable[[str], Path], run: Run, tmp_path: Path
+) -> None:
+    assert message in refused(run(sample.main, "--model", str(models(condition)), *arguments, "--output", "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

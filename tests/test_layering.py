@@ -95,8 +95,9 @@ def test_packages_that_must_stay_out(where: str, forbidden: set[str]) -> None:
         "import runpy; sys.argv = ['train', '--help']; runpy.run_module('ldm_jax.train', run_name='__main__')",
         "import runpy; sys.argv = ['encode', '--help']; runpy.run_module('ldm_jax.encode', run_name='__main__')",
         "import runpy; sys.argv = ['sample', '--help']; runpy.run_module('ldm_jax.sample', run_name='__main__')",
+        "import runpy; sys.argv = ['convert', '--help']; runpy.run_module('ldm_jax.convert', run_name='__main__')",
     ],
-    ids=["import", "train", "encode", "sample"],
+    ids=["import", "train", "encode", "sample", "convert"],
 )
 def test_help_loads_nothing_heavy(command: str) -> None:
     heavy = "{'jax', 'jaxlib', 'flax', 'numpy', 'tensorflow', 'tensorflow_datasets', 'torch', 'transformers', 'orbax', 'grain'}"

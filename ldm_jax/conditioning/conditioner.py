@@ -69,7 +69,7 @@ class Conditioning:
         """Several of a kind are joined: context along its length, maps along channels, vectors along features."""
         parts: dict[str, list[Any]] = {}
         for c in self.conditioners:
-            for kind, value in c.apply(params[c.name], arrays).items():
+            for kind, value in c.apply(params.get(c.name, {}), arrays).items():
                 parts.setdefault(kind, []).append(value)
         axes = {"crossattn": 1, "concat": -1, "vector": -1}
         return {kind: jnp.concatenate(values, axes[kind]) if len(values) > 1 else values[0] for kind, values in parts.items()}

@@ -23,9 +23,13 @@ _NO_CLASS = 255  # of a semantic map: a pixel that no channel of the one-hot map
 
 def _array(name: str, values: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array for each example as one [B, *shape]. Raises UserError for other shapes, and for what a whole number cannot be."""
-    array = np.asarray(values)
+    what = f"{name} must be {list(shape) or 'one number'} for each image"
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise UserError(f"{what}, not arrays of different shapes") from error
     if array.ndim == 0 or array.shape[1:] != shape:
-        raise UserError(f"{name} must be {list(shape) or 'one number'} for each image, not {list(array.shape[1:])}")
+        raise UserError(f"{what}, not {list(array.shape[1:])}")
     try:
         with np.errstate(invalid="ignore"):
             typed = array.astype(dtype)

@@ -1,5 +1,6 @@
 """Captions to token ids: a byte-level BPE trained on the captions, or a Hugging Face tokenizer."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 
@@ -48,9 +49,10 @@ class Tokenizer:
     @classmethod
     def pretrained(cls, name: str, max_length: int) -> "Tokenizer":
         """A `tokenizer.json`, a directory that holds one, or a Hugging Face name or directory. Raises UserError."""
-        for path in (name, os.path.join(name, "tokenizer.json")):
-            if os.path.isfile(path):
-                return cls.load(path, max_length)
+        if os.path.isfile(name):
+            return cls.load(name, max_length)
+        if os.path.isfile(file := os.path.join(name, "tokenizer.json")):
+            return cls.load(file, max_length)._padded_with(_pad_token(os.path.join(name, "tokenizer_config.json")))
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
         from transformers import AutoTokenizer  # slow to import, and only this branch needs it
 
@@ -74,6 +76,13 @@ class Tokenizer:
             if type(error) is not Exception and not isinstance(error, OSError | ValueError):
                 raise
             raise UserError(f"cannot read the tokenizer {path}: {error}") from error
+
+    def _padded_with(self, token: str | None) -> "Tokenizer":
+        """The same with another padding token; None leaves it."""
+        if token is None or (number := self._inner.token_to_id(token)) is None:
+            return self
+        self._inner.enable_padding(pad_id=number, pad_token=token)
+        return Tokenizer(self._inner, self.max_length)
 
     def to_json(self) -> str:
         return self._inner.to_str()
@@ -100,3 +109,15 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [len(texts), max_length]."""
         return np.array([e.ids for e in self._inner.encode_batch(list(texts))], np.int32).reshape(len(texts), self.max_length)
+
+
+def _pad_token(config: str) -> str | None:
+    """What a `tokenizer_config.json` says of padding: `tokenizer.json` beside it often does not."""
+    if not os.path.isfile(config):
+        return None
+    try:
+        with open(config, encoding="utf-8") as file:
+            token = json.load(file).get("pad_token")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {config}: {error}") from error
+    return token.get("content") if isinstance(token, dict) else token

@@ -119,8 +119,8 @@ class CacheWriter:
     def shard(self, shard: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """Gives a function that adds one example, in the order of `examples(shard)`, and commits the shard at the end.
 
-        An example holds `moments` [h, w, 2c] (mean, log-variance; raw) beside the entries of its source; its `image`
-        is not stored. Where the cache has flips, each example is followed by its mirrored view.
+        An example holds raw `moments`, [h, w, 2c] (mean, log-variance) or, where they are the latents, [h, w, c], beside the
+        entries of its source; its `image` is not stored. Where the cache has flips, each example is followed by its mirrored view.
 
         Raises:
             UserError: no space left, or the directory cannot be written; nothing is left under the final name.
@@ -161,7 +161,7 @@ class CacheWriter:
 
 
 class LatentCache:
-    """A finished cache as a source: `cache[i]` is the example i with `moments` [h, w, 2c] in place of `image`.
+    """A finished cache as a source: `cache[i]` is the example i with `moments` [h, w, 2c] or [h, w, c] in place of `image`.
 
     `meta` is what the writer kept; `mirrored` says that both views of each example are there, for `read`.
 

@@ -17,7 +17,7 @@ from ldm_jax.interop import text_encoders
 from ldm_jax.interop.compvis_yaml import read_yaml
 from ldm_jax.interop.importing import Networks, Part, build_networks, write_model
 from ldm_jax.interop.keymap import CONV, LINEAR, POINTWISE, POINTWISE_1D, SAME, KeyMap, Rule, fused, key_map, nest, under
-from ldm_jax.interop.safetensors_file import open_weights
+from ldm_jax.interop.safetensors_file import Weights, open_weights
 from ldm_jax.nn.clip_text import CLIPText
 from ldm_jax.nn.unet import UNet
 
@@ -112,14 +112,14 @@ def ema_name(name: str) -> str:
 
 
 _UNET, _FIRST_STAGE, _CONDITIONER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-# Of whole checkpoints: schedules and losses, which are made anew here, and the conditioner where it is the first stage again.
+# Of whole checkpoints: schedules and losses, which are made anew here.
 _IGNORED = (
     r"betas|alphas_cumprod(_prev)?|(sqrt_(one_minus_)?|log_one_minus_|sqrt_recipm?1?_|sqrt_recip_)alphas_cumprod",
     r"posterior_(variance|log_variance_clipped|mean_coef[12])|ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)",
-    r"logvar|scale_factor|lvlb_weights|model_ema\.(decay|num_updates)",
+    r"logvar|scale_factor|lvlb_weights|model_ema\.(decay|num_updates|loss\w*)",
     r"(first_stage_model\.)?loss\..*",
-    r"cond_stage_model\.(encoder|decoder|quantize|quant_conv|post_quant_conv|loss)\b.*",
 )
+_FIRST_STAGE_AGAIN = r"(encoder|decoder|quantize|quant_conv|post_quant_conv|loss)\b.*"  # in the conditioner's place, for masks
 
 
 def import_checkpoint(
@@ -128,7 +128,7 @@ def import_checkpoint(
     """Writes a model directory of a checkpoint and the YAML file of its architecture.
 
     Args:
-      ema: take the UNet's moving averages, where the checkpoint has them.
+      ema: take the moving averages of the UNet, or of an autoencoder alone, where the checkpoint has them.
       tokenizer: a file or name for `Tokenizer.pretrained`; checkpoints have none.
       dtype: of the weights written, float32 or bfloat16.
 
@@ -138,28 +138,34 @@ def import_checkpoint(
     weights = open_weights(checkpoint)
     scale = architecture.scale
     if scale is None:
-        if "scale_factor" not in weights or weights["scale_factor"].size != 1:
-            raise UserError(f"{checkpoint} has no scale_factor, which {yaml} (scale_by_std) says it must hold")
-        scale = 1.0 / weights["scale_factor"].item()
+        scale = 1.0 / _scale_factor(weights, f"{checkpoint} has no scale_factor, which {yaml} (scale_by_std) says it must hold")
     text = architecture.conditioning.get("text")
     tokens = Tokenizer.pretrained(tokenizer, text["max_length"]) if tokenizer and text else None
     if text and not tokens:
         notes.append("no tokenizer: give one with --tokenizer, or the model cannot read prompts")
-    averaged = ema and any(name.startswith("model_ema.diffusion_model") for name in weights)
-    if ema and not averaged and architecture.denoiser:
-        notes.append("the checkpoint has no moving averages: its plain weights are taken")
     origin = {
         "format": "compvis",
         "linear_projections": architecture.linear_projections,
         "fused_by_head": architecture.fused_by_head,
     }
     networks = build_networks(architecture, 0.0, scale, tokens, origin)
-    keys = model_map(networks, tuple(weights))
-    if averaged:
-        keys = [t._replace(name=ema_name(t.name)) if t.name.startswith(_UNET) else t for t in keys]
-    ignored = (*_IGNORED, *_conditioner_ignored(networks), rf"{re.escape(_UNET)}.*" if averaged else r"model_ema\..*")
+    keys, others = model_map(networks, tuple(weights)), r"model_ema\..*"
+    averages = {t.name: ema_name(t.name) for t in keys if t.name.startswith(_UNET) or networks.denoiser is None}
+    if ema and any(name in weights for name in averages.values()):
+        keys, others = [t._replace(name=averages.get(t.name, t.name)) for t in keys], "|".join(map(re.escape, averages))
+    elif ema and networks.denoiser:
+        notes.append("the checkpoint has no moving averages: its plain weights are taken")
+    ignored = (*_IGNORED, *_conditioner_ignored(networks), others)
     write_model(networks, [Part(str(checkpoint), keys, weights, ignored)], tokens, output, dtype)
     return notes
+
+
+def _scale_factor(weights: Weights, otherwise: str) -> float:
+    """The number that a checkpoint multiplies latents by. Raises UserError."""
+    value = weights["scale_factor"] if weights.shapes().get("scale_factor") in ((), (1,)) else np.zeros(())
+    if not 0 < value.item() < np.inf:
+        raise UserError(otherwise)
+    return value.item()
 
 
 def model_map(networks: Networks, names: tuple[str, ...] = ()) -> KeyMap:
@@ -194,12 +200,15 @@ def _conditioner_map(conditioner: Any, params: Mapping[str, Any], names: tuple[s
 
 
 def _conditioner_ignored(networks: Networks) -> list[str]:
-    """Patterns of what the text encoders' files hold and nobody reads."""
-    if networks.denoiser is None:
-        return []
-    patterns = [*text_encoders.BERT_IGNORED, *(rf"transformer\.({pattern})" for pattern in text_encoders.CLIP_IGNORED)]
-    conditioners: Any = networks.denoiser.conditioning.conditioners
-    for conditioner in conditioners:
-        if conditioner.name == "text" and isinstance(conditioner.network, CLIPText):
-            patterns += text_encoders.openclip_ignored(conditioner.network)
+    """Patterns of what lies among the conditioner's tensors and nobody reads."""
+    conditioners: Any = networks.denoiser.conditioning.conditioners if networks.denoiser else ()
+    patterns: list[str] = []
+    for one in conditioners:
+        if one.name == "mask" and len(conditioners) == 1:
+            patterns.append(_FIRST_STAGE_AGAIN)
+        elif one.name == "text" and isinstance(one.network, CLIPText):
+            patterns += (rf"transformer\.({pattern})" for pattern in text_encoders.CLIP_IGNORED)
+            patterns += text_encoders.openclip_ignored(one.network)
+        elif one.name in ("text", "boxes"):
+            patterns += text_encoders.BERT_IGNORED
     return [rf"{re.escape(_CONDITIONER)}({pattern})" for pattern in patterns]

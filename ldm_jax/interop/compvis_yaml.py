@@ -36,9 +36,14 @@ _UNET_MUST = {
     "disable_middle_self_attn": False,
     "num_attention_blocks": None,
 }
+_UNET_NUMBERS = (
+    *("in_channels", "out_channels", "model_channels", "num_res_blocks"),
+    *("num_heads", "num_head_channels", "transformer_depth", "context_dim"),
+)
+_UNSET = {"num_heads": -1, "num_head_channels": -1, "context_dim": None}  # what says the same there as to leave the field out
+_UNET_LISTS = ("channel_mult", "attention_resolutions")
 _UNET_SIZES = (
-    *("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "dropout"),
-    *("num_heads", "num_head_channels", "use_spatial_transformer", "transformer_depth", "context_dim", "use_linear_in_transformer"),
+    *(*_UNET_NUMBERS, *_UNET_LISTS, "dropout", "use_spatial_transformer", "use_linear_in_transformer"),
     *("use_scale_shift_norm", "resblock_updown", "use_new_attention_order"),
 )
 # Of how it is computed: the same function, in other time, memory or precision.
@@ -51,14 +56,16 @@ _DDCONFIG_MUST = {
     "tanh_out": False,
     "use_linear_attn": False,
 }
-_DDCONFIG_SIZES = ("double_z", "z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "attn_type", "dropout")
+_DDCONFIG_NUMBERS = ("z_channels", "resolution", "ch", "num_res_blocks")
+_DDCONFIG_SIZES = (*_DDCONFIG_NUMBERS, "ch_mult", "attn_resolutions", "double_z", "attn_type", "dropout")
 _ATTENTION = {"vanilla": True, "vanilla-xformers": True, "none": False}
 _RESCALER_MUST = {"method": "bilinear", "multiplier": 0.5, "bias": False}
-_BERT_FIELDS = ("n_embed", "n_layer", "vocab_size", "max_seq_len", "use_tokenizer", "device", "embedding_dropout")
+_BERT_NUMBERS = ("n_embed", "n_layer", "vocab_size", "max_seq_len")
 _CLASS_FIELDS = ("n_classes", "embed_dim", "key", "ucg_rate")
 _CLIP_MUST = {"version": "openai/clip-vit-large-patch14", "max_length": 77, "layer": "last", "layer_idx": None}
 _OPENCLIP_MUST = {"arch": "ViT-H-14", "max_length": 77}
 _MODELS = ("LatentDiffusion", "LatentInpaintDiffusion", "Layout2ImgDiffusion")
+_PREDICTIONS = ("eps", "x0", "v")
 _LARGEST_FILE = 2**20  # bytes; theirs have some thousand
 
 
@@ -76,7 +83,7 @@ def _parsed(path: Path) -> Any:
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise UserError(f"{path} is no model configuration of latent-diffusion: it has {path.stat().st_size} bytes")
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise UserError(f"cannot read {path}: it is nested too deeply") from error
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bytes that are no text, a date that is none
@@ -90,12 +97,12 @@ def architecture(model: Mapping[str, Any], ours: Mapping[str, Any]) -> Architect
     """
     params = model["params"]
     if "ddconfig" in params:
-        return Architecture(first_stage=_autoencoder(model), resolution=_whole(params["ddconfig"]["resolution"]))
+        return Architecture(first_stage=_autoencoder(model), resolution=params["ddconfig"]["resolution"])
     first_stage = _autoencoder(params["first_stage_config"])
     unet = params["unet_config"]["params"]
     for config, known in ((model, _MODELS), (params["unet_config"], ("UNetModel",))):
         if _class_name(config) not in known:
-            raise UserError(f"target {config['target']} has no counterpart here; {', '.join(known)} has")
+            raise UserError(f"target {config['target']} has no counterpart here: it is not one of {', '.join(known)}")
     levels = len(first_stage["channel_mult"])
     return Architecture(
         first_stage=first_stage,
@@ -125,14 +132,20 @@ def _class_name(config: Any) -> str:
 def _side(size: Any) -> int:
     """Of a square, given as one number or as two. Raises TypeError or ValueError."""
     (side,) = {*size} if isinstance(size, list) else {size}
-    return _whole(side)
+    _check_numbers({"image_size": side}, ("image_size",))
+    return side
 
 
-def _whole(value: Any) -> int:
-    """Raises TypeError for what is no whole number, or a list of several where the levels differ."""
-    if type(value) is not int:
-        raise TypeError(f"{value!r} is no whole number")
-    return value
+def _check_numbers(given: Mapping[str, Any], one: Collection[str], several: Collection[str] = ()) -> None:
+    """Raises TypeError for fields that are there and no whole number from 1 on, or no list of such."""
+    wrong = [name for name in one if name in given and not _counts(given[name])]
+    wrong += [name for name in several if name in given and not (isinstance(given[name], list) and all(map(_counts, given[name])))]
+    if wrong:
+        raise TypeError(f"{', '.join(f'{name}={given[name]!r}' for name in wrong)}: not whole numbers from 1 on")
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _autoencoder(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,24 +156,25 @@ def _autoencoder(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"first stage {name} has no counterpart here")
     net = params["ddconfig"]
     _check_fields(net, f"ddconfig of {name}", _DDCONFIG_SIZES, _DDCONFIG_MUST)
+    _check_numbers({**params, **net}, ("embed_dim", "n_embed", *_DDCONFIG_NUMBERS), ("ch_mult", "attn_resolutions"))
     if (kind := net.get("attn_type", "vanilla")) not in _ATTENTION:
         raise UserError(f"ddconfig of {name}: attn_type={kind!r} has no counterpart here")
     attention = _ATTENTION[kind]
-    mults = tuple(map(_whole, net["ch_mult"]))
-    sizes = [_whole(net["resolution"]) // 2**i for i in range(len(mults))]
+    mults = tuple(net["ch_mult"])
+    sizes = [net["resolution"] // 2**i for i in range(len(mults))]
     _note_unmatched("attn_resolutions", net["attn_resolutions"], sizes)
     settings = {
         "kind": "kl" if name == "AutoencoderKL" else "vq",
-        "channels": _whole(net["ch"]),
+        "channels": net["ch"],
         "channel_mult": mults,
-        "num_res_blocks": _whole(net["num_res_blocks"]),
+        "num_res_blocks": net["num_res_blocks"],
         "attention_levels": tuple(2**i for i, size in enumerate(sizes) if attention and size in net["attn_resolutions"]),
         "mid_attention": attention,
         "norm_groups": 32,
-        "z_channels": _whole(net["z_channels"]),
-        "latent_channels": _whole(params["embed_dim"]),
+        "z_channels": net["z_channels"],
+        "latent_channels": params["embed_dim"],
     }
-    return settings if settings["kind"] == "kl" else {**settings, "codebook_size": _whole(params["n_embed"])}
+    return settings if settings["kind"] == "kl" else {**settings, "codebook_size": params["n_embed"]}
 
 
 def _note_unmatched(name: str, asked: list[int], there: list[int]) -> None:
@@ -170,21 +184,23 @@ def _note_unmatched(name: str, asked: list[int], there: list[int]) -> None:
 
 def _unet(net: Mapping[str, Any]) -> dict[str, Any]:
     _check_fields(net, "unet_config", (*_UNET_SIZES, *_UNET_WITHOUT_EFFECT), _UNET_MUST)
-    mults = tuple(map(_whole, net["channel_mult"]))
+    net = {name: value for name, value in net.items() if name not in _UNSET or value != _UNSET[name]}
+    _check_numbers(net, _UNET_NUMBERS, _UNET_LISTS)
+    mults = tuple(net["channel_mult"])
     factors = [2**i for i in range(len(mults))]
     _note_unmatched("attention_resolutions", net["attention_resolutions"], factors)
-    transformer, head_channels = net.get("use_spatial_transformer", False), _whole(net.get("num_head_channels", -1))
+    transformer, head_channels = net.get("use_spatial_transformer", False), net.get("num_head_channels", 0)
     return {
         "kind": "unet",
-        "in_channels": _whole(net["in_channels"]),
-        "out_channels": _whole(net["out_channels"]),
-        "channels": _whole(net["model_channels"]),
+        "in_channels": net["in_channels"],
+        "out_channels": net["out_channels"],
+        "channels": net["model_channels"],
         "channel_mult": mults,
-        "num_res_blocks": _whole(net["num_res_blocks"]),
+        "num_res_blocks": net["num_res_blocks"],
         "attention_levels": tuple(f for f in factors if f in net["attention_resolutions"]),
-        "num_heads": _whole(net["num_heads"]) if head_channels == -1 else 0,
-        "head_channels": 0 if head_channels == -1 else head_channels,
-        "transformer_depth": _whole(net.get("transformer_depth", 1)) if transformer else 0,
+        "num_heads": 0 if head_channels else net["num_heads"],
+        "head_channels": head_channels,
+        "transformer_depth": net.get("transformer_depth", 1) if transformer else 0,
         "scale_shift": net.get("use_scale_shift_norm", False),
         "resblock_updown": net.get("resblock_updown", False),
         "norm_groups": 32,
@@ -196,14 +212,18 @@ def _diffusion(params: Mapping[str, Any]) -> dict[str, Any]:
     """The `diffusion` group; what the files call linear is linear in the square root of beta."""
     must = {"beta_schedule": "linear", "given_betas": None}
     _check_fields({name: params[name] for name in must if name in params}, "the schedule", (), must)
+    _check_numbers(params, ("timesteps",))
+    prediction, loss = params.get("parameterization", "eps"), params.get("loss_type", "l2")
+    if prediction not in _PREDICTIONS or loss not in ("l1", "l2"):
+        raise UserError(f"parameterization={prediction!r} with loss_type={loss!r} has no counterpart here")
     return {
         "process": "discrete",
         "schedule": "linear",
         "start": float(params.get("linear_start", 1e-4)),
         "end": float(params.get("linear_end", 2e-2)),
-        "num_steps": _whole(params.get("timesteps", 1000)),
-        "prediction": params.get("parameterization", "eps"),
-        "loss": params.get("loss_type", "l2"),
+        "num_steps": params.get("timesteps", 1000),
+        "prediction": prediction,
+        "loss": loss,
     }
 
 
@@ -218,15 +238,11 @@ def _conditioning(target: str, params: Mapping[str, Any], ours: Mapping[str, Any
     if key == "hybrid" and target == "LatentInpaintDiffusion":
         return {**_conditioning(target, {**params, "conditioning_key": "crossattn"}, ours), "mask": {"style": "sd"}}
     match name, key:
-        case "BERTEmbedder", "crossattn" if others := sorted({*given} - {*_BERT_FIELDS}):
-            raise UserError(f"{name}: {', '.join(others)} has no counterpart here")
-        case "BERTEmbedder", "crossattn" if given.get("use_tokenizer", True):
-            sizes = {"vocab_size": given.get("vocab_size", 30522), "max_length": given.get("max_seq_len", 77)}
-            return {"text": {"kind": "transformer", **sizes, "width": given["n_embed"], "depth": given["n_layer"], **_BERT_HEADS}}
         case "BERTEmbedder", "crossattn":
-            sizes = {"vocab_size": given["vocab_size"], "max_objects": (given["max_seq_len"] - 2) // 3}
-            return {"boxes": {**sizes, "width": given["n_embed"], "depth": given["n_layer"], **_BERT_HEADS}}
+            return _bert(given)
         case "ClassEmbedder", "crossattn":
+            _check_fields(given, name, _CLASS_FIELDS, {})
+            _check_numbers(given, ("n_classes", "embed_dim"))
             # The released table of 1001 rows has its last for "no class"; that of 1000 was trained without.
             rows = given.get("n_classes", 1000)
             null = bool(ours.get("null_class", rows == 1001))
@@ -234,6 +250,7 @@ def _conditioning(target: str, params: Mapping[str, Any], ours: Mapping[str, Any
             return {"label": about if null else {**about, "drop_rate": 0.0}}
         case "SpatialRescaler", "concat":
             _check_fields(given, name, ("in_channels", "out_channels", "n_stages"), _RESCALER_MUST)
+            _check_numbers(given, ("in_channels", "out_channels", "n_stages"))
             sizes = {"num_classes": given["in_channels"], "channels": given["out_channels"], "stages": given.get("n_stages", 1)}
             return {"segmentation": sizes}
         case "__is_first_stage__", "concat":
@@ -252,10 +269,20 @@ def _conditioning(target: str, params: Mapping[str, Any], ours: Mapping[str, Any
     raise UserError(f"cond_stage_config {name} with conditioning_key {key!r} has no counterpart here")
 
 
+def _bert(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of texts, or, without a tokenizer, of boxes: three tokens an object between a first and a last."""
+    _check_fields(given, "BERTEmbedder", (*_BERT_NUMBERS, "use_tokenizer", "device", "embedding_dropout"), {})
+    _check_numbers(given, _BERT_NUMBERS)
+    sizes = {"width": given["n_embed"], "depth": given["n_layer"], "num_heads": 8, "head_dim": 64}
+    if given.get("use_tokenizer", True):
+        table = {"vocab_size": given.get("vocab_size", 30522), "max_length": given.get("max_seq_len", 77)}
+        return {"text": {"kind": "transformer", **table, **sizes}}
+    return {"boxes": {"vocab_size": given["vocab_size"], "max_objects": (given["max_seq_len"] - 2) // 3, **sizes}}
+
+
 _UNCONDITIONAL = "__is_unconditional__"
 _OPENCLIP_LAYERS = ("last", "penultimate")  # by how many are skipped
 _OURS = "ldm_jax"  # beside `model`: what the paper's code does not read
-_BERT_HEADS = {"num_heads": 8, "head_dim": 64}
 
 
 def to_yaml(networks: Networks) -> str:
@@ -268,7 +295,7 @@ def to_yaml(networks: Networks) -> str:
     if any(networks.first_stage.shift) or len(scale) > 1:
         raise UserError("the paper's code scales latents by one number: train with first_stage.latent_scale=std or a number")
     diffusion = info["diffusion"]
-    if diffusion["process"] != "discrete" or diffusion["schedule"] != "linear" or diffusion["prediction"] not in ("eps", "x0", "v"):
+    if diffusion["process"] != "discrete" or diffusion["schedule"] != "linear" or diffusion["prediction"] not in _PREDICTIONS:
         raise UserError("the paper's code knows the discrete process with its linear schedule and eps, x0 or v only")
     conditioning, ours = _conditioning_config(networks), {}
     conditioners: Any = networks.denoiser.conditioning.conditioners
@@ -307,6 +334,8 @@ def _autoencoder_config(networks: Networks) -> dict[str, Any]:
         return {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {}}
     if net.patch_size != 1:
         raise UserError(f"the paper's code has no autoencoder of patches: train with first_stage.patch_size=1, not {net.patch_size}")
+    if not net.quant_conv:
+        raise UserError("the paper's code has no autoencoder without quant_conv: train with first_stage.quant_conv=True")
     if net.attention_levels and not net.mid_attention:
         raise UserError("the paper's code has no autoencoder with attention at its levels and none in the middle")
     _check_groups(networks, "first_stage")

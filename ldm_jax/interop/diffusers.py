@@ -279,8 +279,9 @@ def autoencoder_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
     if [kind.startswith("Attn") for kind in reversed(config["up_block_types"])] != attends:
         raise UserError("attention at other levels in the decoder than in the encoder has no counterpart here")
-    if not (config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True)):
-        raise UserError("an autoencoder without quant_conv and post_quant_conv has no counterpart here")
+    quant_conv = config.get("use_quant_conv", True)
+    if quant_conv != config.get("use_post_quant_conv", True):
+        raise UserError("an autoencoder with one of quant_conv and post_quant_conv has no counterpart here")
     settings = {
         "kind": "vq" if vq else "kl",
         **_multiples(list(config["block_out_channels"])),
@@ -288,6 +289,7 @@ def autoencoder_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention_levels": tuple(2**i for i, has in enumerate(attends) if has),
         "mid_attention": config.get("mid_block_add_attention", True),
         "norm_groups": config.get("norm_num_groups", 32),
+        "quant_conv": quant_conv,
         "z_channels": config["latent_channels"],
         "latent_channels": (config.get("vq_embed_dim") if vq else None) or config["latent_channels"],
     }
@@ -311,8 +313,10 @@ def autoencoder_config(network: KLAutoencoder | VQAutoencoder, sample_size: int,
         "latent_channels": network.z_channels,
     }
     if isinstance(network, VQAutoencoder):
+        if not network.quant_conv:
+            raise UserError("diffusers' VQModel always has its quant_conv: train with first_stage.quant_conv=True")
         sizes = {"num_vq_embeddings": network.codebook_size, "vq_embed_dim": network.latent_channels}
         return {"_class_name": "VQModel", **shared, **sizes}
     if network.z_channels != network.latent_channels:
         raise UserError("diffusers' AutoencoderKL has as many channels inside as in its latents")
-    return {"_class_name": "AutoencoderKL", **shared}
+    return {"_class_name": "AutoencoderKL", **shared, "use_quant_conv": network.quant_conv, "use_post_quant_conv": network.quant_conv}

@@ -129,7 +129,8 @@ def _plan(model: Model) -> tuple[str, list[_Component]]:
     """The pipeline that expresses a model, and its components. Raises UserError where none does."""
     networks, kinds = model.networks, tuple(model.conditioners)
     assert networks.denoiser is not None
-    scheduler = to_scheduler(networks.info["diffusion"], networks.info["sample"])
+    kept = networks.info.get("origin", {}).get("scheduler", {})
+    scheduler = to_scheduler(networks.info["diffusion"], networks.info["sample"], kept)
     first = partial(
         _Component,
         library="diffusers",
@@ -138,35 +139,54 @@ def _plan(model: Model) -> tuple[str, list[_Component]]:
     )
     if isinstance(networks.denoiser.network, DiT):
         name, components = "DiTPipeline", [_dit(model), first("vae")]
-    elif kinds == ("text",):
+    elif kinds in (("text",), ("text", "mask")):
         name, components = _plan_text(model, first)
     elif kinds == ("low_res",):
         name, components = "LDMSuperResolutionPipeline", [_super_resolution(model), first("vqvae")]
     elif kinds == ():
         name, components = "LDMPipeline", [_unet(model, None), first("vqvae")]
     else:
-        raise UserError(f"diffusers has no pipeline of latent diffusion that takes {' and '.join(kinds)}")
-    if name == "StableDiffusionPipeline":
+        raise UserError(f"diffusers has no pipeline of latent diffusion whose UNet takes {' and '.join(kinds)}")
+    if name in _EXTRA:
         scheduler["steps_offset"] = 1  # which it would put there itself: with "leading" its times are one later than ours
     last = _Component("scheduler", "diffusers", "DDIMScheduler", lambda folder: _write_config(folder, scheduler, "scheduler_config.json"))
     return name, [*components, last]
 
 
 def _plan_text(model: Model, first: Callable[[str], _Component]) -> tuple[str, list[_Component]]:
-    text = model.conditioners["text"]
-    bert = isinstance(text.network, TextTransformer)
-    library, made = ("latent_diffusion", "LDMBertModel") if bert else ("transformers", "CLIPTextModel")
-    # The first takes latents of an eighth of the picture and texts of 77 tokens for granted.
-    if bert and model.networks.first_stage.network.factor == 8 and text.max_length == 77:
-        name, encoder, autoencoder = "LDMTextToImagePipeline", "bert", "vqvae"
+    text, first_stage = model.conditioners["text"], model.networks.first_stage.network
+    if type(text.network) not in _TEXTS:
+        raise UserError("diffusers has no pipeline of latent diffusion with T5 alone")
+    library, made = _TEXTS[type(text.network)]
+    paper = isinstance(text.network, TextTransformer) or isinstance(first_stage, VQAutoencoder)
+    if "mask" in model.conditioners:
+        name = _inpainting(model)
+    # Which takes latents of an eighth of the picture and texts of 77 tokens for granted.
+    elif paper and first_stage.factor == 8 and text.max_length == 77:
+        name = "LDMTextToImagePipeline"
     else:
-        name, encoder, autoencoder = "StableDiffusionPipeline", "text_encoder", "vae"
+        name = "StableDiffusionPipeline"
+    if name in _EXTRA and not isinstance(first_stage, KLAutoencoder):
+        raise UserError(
+            f"diffusers' {name} decodes with a KL autoencoder only; LDMTextToImagePipeline takes others, but of factor 8 and with texts of"
+            f" 77 tokens, not {first_stage.factor} and {text.max_length}"
+        )
+    encoder, autoencoder = ("text_encoder", "vae") if name in _EXTRA else ("bert", "vqvae")
     return name, [
         _Component(encoder, library, made, partial(_write_text, model=model, text=text)),
         _Component("tokenizer", "transformers", "PreTrainedTokenizerFast", partial(_write_tokenizer, text=text)),
         _unet(model, text.network.width),
         first(autoencoder),
     ]
+
+
+def _inpainting(model: Model) -> str:
+    style, channels = model.conditioners["mask"].style, model.networks.first_stage.network.latent_channels
+    if style != "sd" or channels != 4:
+        raise UserError(
+            f"diffusers' StableDiffusionInpaintPipeline takes mask.style=sd and latents of 4 channels, not {style} and {channels}"
+        )
+    return "StableDiffusionInpaintPipeline"
 
 
 def _super_resolution(model: Model) -> _Component:
@@ -253,10 +273,8 @@ def _write_text(folder: Path, model: Model, text: TextConditioner) -> None:
     params = model.networks.params["conditioner"]["text"]
     if isinstance(text.network, TextTransformer):
         config, keys = text_encoders.ldmbert_to_hf(text.network), text_encoders.ldmbert_map(params)
-    elif isinstance(text.network, CLIPText):
-        config, keys = text_encoders.clip_to_hf(text.network), text_encoders.clip_map(params)
     else:
-        raise UserError("diffusers has no pipeline of latent diffusion with T5 alone")
+        config, keys = text_encoders.clip_to_hf(text.network), text_encoders.clip_map(params)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     _save(folder / "model.safetensors", model, under("conditioner/text", keys))
@@ -270,14 +288,18 @@ def _write_tokenizer(folder: Path, text: TextConditioner) -> None:
 
 
 _CLASSES: dict[type, str] = {KLAutoencoder: "AutoencoderKL", VQAutoencoder: "VQModel"}
+_TEXTS: dict[type, tuple[str, str]] = {  # library and class
+    TextTransformer: ("latent_diffusion", "LDMBertModel"),
+    CLIPText: ("transformers", "CLIPTextModel"),
+}
 _DIT_CLASSES = 1000
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _WRITTEN_FOR = "0.35.0"  # the oldest version whose classes are known to read these files
-_EXTRA: dict[str, dict[str, Any]] = {
-    "StableDiffusionPipeline": {
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-    }
+# Of the index of Stable Diffusion's pipelines.
+_NO_MORE = {
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
 }
+_EXTRA: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": _NO_MORE, "StableDiffusionInpaintPipeline": _NO_MORE}

@@ -1,8 +1,11 @@
 """Models of other programs into model directories, tensor by tensor: memory is that of the largest, however large the model."""
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +43,11 @@ class Networks:
     denoiser: Denoiser | None
     info: dict[str, Any]
 
-    @property
+    @cached_property
     def params(self) -> Params:
         return abstract_params(self.first_stage, self.denoiser, self.info["resolution"])
 
-    @property
+    @cached_property
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         return flatten(self.params)
 
@@ -66,7 +69,7 @@ def build_networks(
     first_stage = FirstStage(build_autoencoder(architecture.first_stage, jnp.float32), (shift,), (scale,))
     info = {"step": 0, "resolution": architecture.resolution, "shift": [shift], "scale": [scale], "origin": dict(origin)}
     if architecture.denoiser is None:
-        return Networks(first_stage, None, {"task": "autoencoder", **info})
+        return _checked(Networks(first_stage, None, {"task": "autoencoder", **info}))
     defaults = base()
     conditioning = defaults.conditioning.to_dict()
     conditioning["text"]["enabled"] = False
@@ -81,13 +84,26 @@ def build_networks(
     conditioners = build_conditioning(conditioning, about)
     denoiser = build_denoiser(architecture.denoiser, diffusion, conditioners, network.latent_channels, jnp.float32)
     groups = {"diffusion": diffusion, "sample": sample, "conditioning": conditioning}
-    return Networks(first_stage, denoiser, {"task": "diffusion", **info, **copy.deepcopy(groups)})
+    return _checked(Networks(first_stage, denoiser, {"task": "diffusion", **info, **copy.deepcopy(groups)}))
+
+
+def _checked(networks: Networks) -> Networks:
+    """Raises UserError for sizes that are each well, and together make no network: a width that the groups do not divide, say."""
+    try:
+        networks.leaves  # noqa: B018 (kept: the shapes are wanted soon)
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"no network can be built of these sizes: {' '.join(str(error).split())[:400]}") from error
+    return networks
 
 
 def check_parts(networks: Networks, parts: Sequence[Part]) -> None:
-    """Raises UserError with one list of every tensor that is missing, unexpected or of another shape, in all files."""
+    """Raises UserError with one list of every tensor that is missing, unexpected, of another shape or of no real numbers, in all files."""
     leaves = networks.leaves
     wrong = [f"{part.where}: {line}" for part in parts for line in problems(part.keys, leaves, part.weights.shapes(), part.ignored)]
+    for part in parts:
+        types = {name: spec.dtype for name, spec in part.weights.specs().items()}
+        strange = [t.name for t in part.keys if t.name in types and not jnp.issubdtype(types[t.name], jnp.floating)]
+        wrong += [f"{part.where}: {name} is of {types[name]}" for name in strange]
     given = {leaf for part in parts for t in part.keys for leaf in t.leaves}
     wrong += [f"nothing gives {leaf}" for leaf in leaves if leaf not in given]
     if wrong:
@@ -102,7 +118,7 @@ def write_model(networks: Networks, parts: Sequence[Part], tokenizer: Tokenizer 
     if networks.denoiser is not None:
         settings["denoiser"] = module_settings(networks.denoiser.network, DENOISERS)
         settings["conditioner"] = networks.info["conditioning"]
-    with writing(output, networks.info) as root:
+    with writing(output, networks.info) as root, _removed_on_failure(Path(root)):
         for name in PARTS[: len(settings)]:
             (root / name).mkdir(parents=True, exist_ok=True)
             specs = {_stored(leaf): Spec(tuple(value.shape), dtype) for leaf, value in leaves.items() if leaf.startswith(f"{name}/")}
@@ -110,6 +126,15 @@ def write_model(networks: Networks, parts: Sequence[Part], tokenizer: Tokenizer 
             write_json(root / name / SETTINGS, settings[name])
         if tokenizer is not None:
             write_bytes(root / "conditioner" / TOKENIZER, tokenizer.to_json().encode())
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _stored(leaf: str) -> str:

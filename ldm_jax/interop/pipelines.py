@@ -52,7 +52,7 @@ class _Folder:
         self.path = path
         index = _read_json(path / "model_index.json")
         self.pipeline = index.get("_class_name")
-        self.classes = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
+        self.classes = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
 
     def find(self, classes: Any) -> str | None:
         """The name of the component that is of one of these classes."""
@@ -138,36 +138,22 @@ def _import_pipeline(folder: _Folder, output: str | Path, tokenizer: str, dtype:
     text = folder.find(_TEXT)
     if first is None or denoiser is None or "scheduler" not in folder.classes:
         raise UserError(f"{folder.path} is no pipeline of latent diffusion that is known here: it has {folder.classes}")
-    diffusion, sample = from_scheduler(folder.config("scheduler", "scheduler_config.json"))
+    scheduler = from_scheduler(folder.config("scheduler", "scheduler_config.json"))
     autoencoder, config = folder.config(first), folder.config(denoiser)
-    conditioning: dict[str, dict[str, Any]] = {}
-    if config["_class_name"] in _DITS:
-        settings = dit.dit_settings(config)
-        conditioning["label"] = {
-            "num_classes": config["num_embeds_ada_norm"],
-            "null_class": True,
-            "width": settings["width"],
-            "to": "vector",
-        }
-    else:
-        settings = diffusers.unet_settings(config)
-        extra = config["in_channels"] - config["out_channels"]
-        if extra:
-            small = config["_class_name"] == "UNet2DModel"
-            conditioning |= {"low_res": {}} if small else {"mask": {"style": "sd"}}
+    first_stage = diffusers.autoencoder_settings(autoencoder)
+    settings, conditioning = _denoiser_groups(config, first_stage["latent_channels"])
+    if bool(text) != (config["_class_name"] == "UNet2DConditionModel"):
+        raise UserError(f"{folder.path}: a {config['_class_name']} beside {folder.classes} has no counterpart here")
     if text:
         about = _TEXT[folder.classes[text]]
         conditioning["text"] = {"kind": about.kind, "frozen": about.kind != "transformer", **about.settings(folder.config(text))}
         if "tokenizer" in folder.classes and not tokenizer:
             tokenizer = str(folder.path / "tokenizer")
-    size = _side(config) * 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    architecture = Architecture(
-        diffusers.autoencoder_settings(autoencoder), settings, conditioning, diffusion, sample=sample, resolution=size
-    )
-    notes = [] if tokenizer or not text else ["no tokenizer: give one with --tokenizer, or the model cannot read prompts"]
     tokens = Tokenizer.pretrained(tokenizer, conditioning["text"].get("max_length", 77)) if text and tokenizer else None
     linear = bool(config.get("use_linear_projection", False))
-    origin = {"format": "diffusers", "linear_projections": linear}
+    origin = {"format": "diffusers", "linear_projections": linear, "scheduler": scheduler.kept}
+    size = _side(config) * 2 ** (len(first_stage["channel_mult"]) - 1)
+    architecture = Architecture(first_stage, settings, conditioning, scheduler.diffusion, sample=scheduler.sample, resolution=size)
     networks = build_networks(architecture, *_latent_scale(autoencoder, folder.pipeline), tokens, origin)
     parts = [
         _autoencoder_part(networks, folder.path / first, folder.weights(first)),
@@ -178,7 +164,25 @@ def _import_pipeline(folder: _Folder, output: str | Path, tokenizer: str, dtype:
         keys = about.key_map(networks.params["conditioner"]["text"], tuple(weights))
         parts.append(Part(str(folder.path / text), under("conditioner/text", keys), weights, about.ignored))
     write_model(networks, parts, tokens, output, dtype)
-    return notes
+    missing = ["no tokenizer: give one with --tokenizer, or the model cannot read prompts"] if text and not tokens else []
+    return missing + scheduler.notes
+
+
+def _denoiser_groups(config: Mapping[str, Any], latent_channels: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The `denoiser` group, and what but texts the network is conditioned on. Raises UserError."""
+    if config["_class_name"] in _DITS:
+        settings = dit.dit_settings(config)
+        classes = config["num_embeds_ada_norm"]
+        return settings, {"label": {"num_classes": classes, "null_class": True, "width": settings["width"], "to": "vector"}}
+    settings = diffusers.unet_settings(config)
+    extra = config["in_channels"] - config["out_channels"]
+    kinds: dict[tuple[str, int], dict[str, dict[str, Any]]] = {
+        ("UNet2DModel", 3): {"low_res": {}},
+        ("UNet2DConditionModel", latent_channels + 1): {"mask": {"style": "sd"}},
+    }
+    if extra and (config["_class_name"], extra) not in kinds:
+        raise UserError(f"{config['_class_name']}: {extra} channels of input beside the latents have no counterpart here")
+    return settings, kinds[config["_class_name"], extra] if extra else {}
 
 
 def denoiser_map(networks: Networks, linear: bool) -> KeyMap:

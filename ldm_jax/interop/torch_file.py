@@ -42,6 +42,7 @@ _STORAGES: dict[str, np.dtype] = {
 }
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the end of the first pickle: a number of ten bytes
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
+_LIGHTNING = "pytorch-lightning_version"  # the entry that tells such a file
 _HEAD = 512  # bytes that tell what kind of file it is
 _INFLATED = (64 * 2**20, 16)  # bytes, and multiples of the file, that compressed members may grow to: weights hardly compress
 # What damaged or forged files make zipfile and the unpickler raise; neither has one class of errors of its own.
@@ -68,7 +69,7 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
     Args:
       path: the file; a torch file may lie on object storage.
       key: which of a torch file's dicts is meant: `state_dict` in Lightning checkpoints, `ema` or `model` in DiT's; "" is the outermost.
-        None takes the only one that holds tensors.
+        None takes the only one that holds tensors, and `state_dict` of a file that Lightning wrote, whatever lies beside it.
 
     Returns arrays of the file's shapes and dtypes (bfloat16 as `ml_dtypes.bfloat16`); what is no tensor (step counts, say) is left out.
     Those of a local torch file are read-only views of the mapped file, unless its members are compressed: only what is used is read.
@@ -117,6 +118,8 @@ def _choose(loaded: Any, key: str | None, file: epath.Path) -> dict[str, np.ndar
     """The dict of tensors that `key` names, or the only one, among the loaded object and its entries."""
     levels = {"": loaded, **loaded} if isinstance(loaded, dict) else {}
     sets = {name: tensors for name, value in levels.items() if isinstance(name, str) and (tensors := _named_tensors(value))}
+    if key is None and _LIGHTNING in levels and "state_dict" in sets:
+        key = "state_dict"
     if key is None and len(sets) == 1:
         return next(iter(sets.values()))
     if key is not None and key in sets:

@@ -158,6 +158,7 @@ class _Convolutional(Autoencoder):
     latent_channels: int = 4
     patch_size: int = 1
     norm_groups: int = 0
+    quant_conv: bool = True
     dtype: Dtype = jnp.float32
 
     numbers_a_latent = 1  # of the moments
@@ -171,24 +172,29 @@ class _Convolutional(Autoencoder):
         unmatched = sorted(set(self.attention_levels) - set(factors))
         if unmatched:
             raise ValueError(f"attention_levels {unmatched} match no level; the factors of this autoencoder are {factors}")
+        if not self.quant_conv and self.z_channels != self.latent_channels:
+            raise ValueError(f"without quant_conv, z_channels ({self.z_channels}) must be latent_channels ({self.latent_channels})")
 
     def setup(self) -> None:
         shared = (self.channels, self.channel_mult, self.num_res_blocks, self.attention_levels, self.mid_attention)
         n = self.numbers_a_latent
         self.encoder = Encoder(*shared, n * self.z_channels, self.patch_size, self.norm_groups, self.dtype)
         self.decoder = Decoder(*shared, self.patch_size, self.norm_groups, self.dtype)
-        self.quant_conv = Conv(n * self.latent_channels, 1, bias_init=self._moments_bias, dtype=self.dtype)
-        self.post_quant_conv = Conv(self.z_channels, 1, dtype=self.dtype)
+        if self.quant_conv:
+            self.to_latents = Conv(n * self.latent_channels, 1, bias_init=self._moments_bias, dtype=self.dtype, name="quant_conv")
+            self.from_latents = Conv(self.z_channels, 1, dtype=self.dtype, name="post_quant_conv")
         self.conv_out = Conv(3 * self.patch_size**2, dtype=self.dtype)
 
     def _moments_bias(self, key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
         return jnp.zeros(shape, dtype)
 
     def moments(self, images: Array) -> Array:
-        return _wide(self.quant_conv(self.encoder(images.astype(self.dtype))))
+        moments = self.encoder(images.astype(self.dtype))
+        return _wide(self.to_latents(moments) if self.quant_conv else moments)
 
     def features(self, z: Array) -> Array:
-        return self.decoder(self.post_quant_conv(z.astype(self.dtype)))
+        z = z.astype(self.dtype)
+        return self.decoder(self.from_latents(z) if self.quant_conv else z)
 
     def head(self, features: Array) -> Array:
         return _wide(depth_to_space(self.conv_out(features), self.patch_size))
@@ -204,6 +210,7 @@ class KLAutoencoder(_Convolutional):
       z_channels, latent_channels: channels inside, and of the latent (`embed_dim` of the released configurations).
       patch_size: pixels folded into channels before the first convolution; 1 in the paper, 4 makes small models much faster on a CPU.
       norm_groups: of every norm; 0 is 32, or fewer in narrow networks.
+      quant_conv: 1x1 convolutions on both sides of the latents, as in the paper; autoencoders of 2024 and later have none.
       init_log_var: the posterior's log-variance in an untrained network. At 0, the paper's, noise hides the latents from the decoder at
         first; -6 saves a small model half of its steps.
     """
@@ -211,6 +218,11 @@ class KLAutoencoder(_Convolutional):
     init_log_var: float = 0.0
 
     numbers_a_latent = 2
+
+    def check(self) -> None:
+        super().check()
+        if self.init_log_var and not self.quant_conv:
+            raise ValueError("init_log_var is the bias of quant_conv, which this autoencoder has not: leave it at 0")
 
     def _moments_bias(self, key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
         return jnp.repeat(jnp.array([0.0, self.init_log_var], dtype), shape[0] // 2)

@@ -47,8 +47,8 @@ def build_loss(group: ConfigDict) -> DiffusionLoss:
 class DiffusionStage:
     """Stage 2 as the loop takes it: `init`, `update`, `preview`.
 
-    A batch holds the conditioners' arrays and `moments` [B,h,w,2c] (raw), or `image` uint8 [B,H,W,3] where nothing is cached; latents are
-    sampled from the moments anew at every step.
+    A batch holds the conditioners' arrays and raw `moments` ([B,h,w,2c], or [B,h,w,c] where they are the latents), or `image` uint8
+    [B,H,W,3] where nothing is cached; latents are sampled from the moments anew at every step.
     """
 
     name = "denoiser"
@@ -168,7 +168,8 @@ class DiffusionStage:
         n = len(next(iter(inputs.values()), range(16)))
         index = np.arange(n)
         with jax.transfer_guard("allow"):
-            arrays, null = conditioning.prepare(inputs), conditioning.null(n)
+            arrays = conditioning.prepare(inputs)
+            null = conditioning.unconditional(arrays)
             seed = self.config.sample.seed
             noise, keys = initial_noise(seed, index, self.latent_shape), image_keys(seed, index)
             guidance = self.config.sample.guidance

@@ -1,6 +1,8 @@
 """Tokens, and what the denoiser is told."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +82,17 @@ def test_captions_are_dropped_at_their_rate_and_replaced_by_the_empty_one(tokeni
     gone = (dropped == null).all(1)
     assert abs(gone.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / 400)
     np.testing.assert_array_equal(dropped[~gone], arrays["tokens"][~gone])
+
+
+@pytest.mark.parametrize("pad", ["[EOS]", {"content": "[EOS]", "lstrip": False}])
+def test_a_folder_pads_with_what_the_file_beside_the_tokenizer_says(tmp_path: Path, pad: Any) -> None:
+    trained = Tokenizer.train(["a red square", "a blue disc"], 300, 8)
+    (tmp_path / "tokenizer.json").write_text(trained.to_json())
+    assert Tokenizer.pretrained(str(tmp_path), 8)(["a"])[0, -1] == trained.pad_id
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
+    padded = Tokenizer.pretrained(str(tmp_path), 8)
+    assert padded.pad_id == padded(["a"])[0, -1] != trained.pad_id
+    assert Tokenizer.load(tmp_path / "tokenizer.json", 8).pad_id == trained.pad_id
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer_config"):
+        Tokenizer.pretrained(str(tmp_path), 8)

@@ -1,6 +1,7 @@
 """YAML files of the paper's code: the released configurations, as published, and tiny models of every kind with random checkpoints."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ RELEASED: dict[str, dict[str, Any]] = {
     "superres:bsr": latent_diffusion(
         _VQ_F4, unet(6, 3, 160, [1, 2, 2, 4], [16, 8], num_head_channels=32), _IDENTITY, 64, linear_end=0.0155, concat_mode=True
     ),
-    "inpainting:places-big": latent_diffusion(
+    "inpaint:places-big": latent_diffusion(
         autoencoder(3, [1, 2, 4], codebook=8192, attn_type="none"),
         unet(7, 3, 256, [1, 2, 3, 4], [8, 4, 2], num_heads=8, resblock_updown=True),
         "__is_first_stage__",
@@ -259,6 +260,20 @@ TINY_OPENCLIP = {**TINY_CLIP, "activation": "gelu", "skip_last": 1}
 def tiny_clip(monkeypatch: Any) -> None:
     monkeypatch.setattr("ldm_jax.interop.compvis_yaml.CLIP_L14", TINY_CLIP)
     monkeypatch.setattr("ldm_jax.interop.compvis_yaml.OPENCLIP_H14", TINY_OPENCLIP)
+
+
+def changed(kind: str, where: str, **fields: Any) -> dict[str, Any]:
+    """A tiny model's file with other fields of `model`, the `unet`, the `ddconfig` or the `condition`."""
+    content = deepcopy(TINY[kind])
+    params = content["model"]["params"]
+    group = {
+        "model": lambda: params,
+        "unet": lambda: params["unet_config"]["params"],
+        "ddconfig": lambda: params.get("first_stage_config", content["model"])["params"]["ddconfig"],
+        "condition": lambda: params["cond_stage_config"].setdefault("params", {}),
+    }[where]()
+    group.update(fields)
+    return content
 
 
 _traced = lru_cache(abstract_params)

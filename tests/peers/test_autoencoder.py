@@ -41,6 +41,7 @@ KL: dict[str, Settings] = {
     | {"latent_channels": 4, **blocks(False, False, False, False)},
     "attention at two levels": BASE | {"latent_channels": 5, "block_out_channels": (16, 32, 32), **blocks(False, True, True)},
     "no attention": BASE | {"latent_channels": 4, "mid_block_add_attention": False},
+    "of 2024: no quant_conv": BASE | {"latent_channels": 4, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.06},
     "shifted": BASE | {"latent_channels": 4, "shift_factor": 0.25, "scaling_factor": 0.5, "layers_per_block": 2},
 }
 VQ: dict[str, Settings] = {
