@@ -8,8 +8,12 @@ x_t = alpha x_0 + sigma eps that is a 2x2 linear system for (x_0, eps) with dete
     x0     x_0                       1        0       -sigma
     v      alpha eps - sigma x_0     -sigma   alpha   alpha^2 + sigma^2     (Salimans & Ho, arXiv 2202.00512)
     flow   eps - x_0                 -1       1       alpha + sigma         (Liu et al., arXiv 2209.03003)
+    edm    (sigma x_0 - alpha s^2 eps)/(s n)                  -n/s          (Karras et al., arXiv 2206.00364, eq. 7 and table 1)
 
-v and flow are regular at both ends. Where the determinant is 0 (eps at zero SNR, x0 without noise) a prediction determines
+with s the standard deviation of the data and n = sqrt(sigma^2 + alpha^2 s^2), so that 'edm' is the network behind the preconditioning:
+x_0 = c_skip x_t + c_out p for alpha = 1, of unit variance; with s = 1 on a variance-preserving process it is -v.
+
+v, flow and edm are regular at both ends. Where the determinant is 0 (eps at zero SNR, x0 without noise) a prediction determines
 nothing but itself: the conversions return it for its own kind and 0, the mean of standardised data and of noise, for the other.
 """
 
@@ -18,25 +22,32 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.diffusion.process import Array, Process, expand
+from ldm_jax.diffusion.process import Array, Process, expand, sigma_data
 from ldm_jax.diffusion.schedules import lookup
 
-PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
-    "eps": lambda alpha, sigma: (0.0 * alpha, 1.0 + 0.0 * sigma),
-    "x0": lambda alpha, sigma: (1.0 + 0.0 * alpha, 0.0 * sigma),
-    "v": lambda alpha, sigma: (-sigma, alpha),
-    "flow": lambda alpha, sigma: (-1.0 + 0.0 * alpha, 1.0 + 0.0 * sigma),
+
+def _edm(alpha: Array, sigma: Array, data: float) -> tuple[Array, Array]:
+    size = (sigma**2 + (alpha * data) ** 2) ** 0.5
+    return sigma / (data * size), -alpha * data / size
+
+
+PREDICTIONS: dict[str, Callable[[Array, Array, float], tuple[Array, Array]]] = {
+    "eps": lambda alpha, sigma, data: (0.0 * alpha, 1.0 + 0.0 * sigma),
+    "x0": lambda alpha, sigma, data: (1.0 + 0.0 * alpha, 0.0 * sigma),
+    "v": lambda alpha, sigma, data: (-sigma, alpha),
+    "flow": lambda alpha, sigma, data: (-1.0 + 0.0 * alpha, 1.0 + 0.0 * sigma),
+    "edm": _edm,
 }
 
 
-def coefficients(prediction: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
-    """(c, d) of p = c x_0 + d eps, shaped as alpha. Raises ValueError for an unknown prediction."""
-    return lookup("prediction", PREDICTIONS, prediction)(alpha, sigma)
+def coefficients(prediction: str, alpha: Array, sigma: Array, data: float = 1.0) -> tuple[Array, Array]:
+    """(c, d) of p = c x_0 + d eps, shaped as alpha; `data` is the data's standard deviation. Raises ValueError for an unknown kind."""
+    return lookup("prediction", PREDICTIONS, prediction)(alpha, sigma, data)
 
 
-def determinant(prediction: str, alpha: Array, sigma: Array) -> Array:
+def determinant(prediction: str, alpha: Array, sigma: Array, data: float = 1.0) -> Array:
     """alpha d - sigma c: 0 where the prediction does not determine x_0 and eps."""
-    c, d = coefficients(prediction, alpha, sigma)
+    c, d = coefficients(prediction, alpha, sigma, data)
     return alpha * d - sigma * c
 
 
@@ -51,25 +62,26 @@ def target(prediction: str, process: Process, x0: jax.Array, eps: jax.Array, t: 
     Returns: [B, ...] in promote_types(x0.dtype, float32).
     """
     dtype = jnp.promote_types(x0.dtype, jnp.float32)
-    c, d = coefficients(prediction, process.alpha(t), process.sigma(t))
+    c, d = coefficients(prediction, process.alpha(t), process.sigma(t), sigma_data(process))
     return expand(c, x0).astype(dtype) * x0 + expand(d, x0).astype(dtype) * eps
 
 
-def solve(prediction: str, alpha: Array, sigma: Array, pred: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def solve(prediction: str, alpha: Array, sigma: Array, pred: jax.Array, x_t: jax.Array, data: float = 1.0) -> tuple[jax.Array, jax.Array]:
     """x_0 and eps that a prediction stands for.
 
     Args:
       prediction: a key of `PREDICTIONS`.
       alpha, sigma: [B] or scalars, the process at the time of x_t.
       pred, x_t: [B, ...], the network's answer and its input.
+      data: standard deviation of the data, for 'edm'.
 
     Returns: (x_0, eps), each [B, ...] in promote_types(x_t.dtype, float32).
     """
     dtype = jnp.promote_types(x_t.dtype, jnp.float32)
     alpha, sigma = expand(alpha, x_t).astype(dtype), expand(sigma, x_t).astype(dtype)
     x_t, pred = x_t.astype(dtype), pred.astype(dtype)
-    c, d = coefficients(prediction, alpha, sigma)
-    det = determinant(prediction, alpha, sigma)
+    c, d = coefficients(prediction, alpha, sigma, data)
+    det = alpha * d - sigma * c
     singular = det == 0
     inverse = 1 / jnp.where(singular, 1, det)
     x0 = jnp.where(singular, c * pred, (d * x_t - sigma * pred) * inverse)
@@ -79,9 +91,9 @@ def solve(prediction: str, alpha: Array, sigma: Array, pred: jax.Array, x_t: jax
 
 def to_x0(prediction: str, process: Process, pred: jax.Array, x_t: jax.Array, t: Array) -> jax.Array:
     """The x_0 [B, ...] that `pred` stands for at x_t and t ([B] or scalar); for eps at zero SNR, 0."""
-    return solve(prediction, process.alpha(t), process.sigma(t), pred, x_t)[0]
+    return solve(prediction, process.alpha(t), process.sigma(t), pred, x_t, sigma_data(process))[0]
 
 
 def to_eps(prediction: str, process: Process, pred: jax.Array, x_t: jax.Array, t: Array) -> jax.Array:
     """The eps [B, ...] that `pred` stands for at x_t and t ([B] or scalar); for x0 without noise, 0."""
-    return solve(prediction, process.alpha(t), process.sigma(t), pred, x_t)[1]
+    return solve(prediction, process.alpha(t), process.sigma(t), pred, x_t, sigma_data(process))[1]

@@ -52,8 +52,14 @@ class Process(Protocol):
     def fraction_of(self, t: Array) -> Array:
         """The fraction in [0, 1] that `time_at` maps to t."""
 
+    def time_of_ratio(self, ratio: Array) -> Array:
+        """The time at which sigma/alpha, noise in units of the signal, is `ratio` > 0; clipped to the process's own times."""
+
     def time_features(self, t: Array) -> Array:
         """What the network's sinusoidal embedding is fed: about 0..1000 whatever the process."""
+
+    def input_scale(self, t: Array) -> Array:
+        """What x_t is multiplied with for the network, so that its input has unit variance where the data has."""
 
 
 def expand(coefficient: Array, x: jax.Array) -> jax.Array:
@@ -69,14 +75,37 @@ def _floating(t: Array) -> tuple[ModuleType, Array]:
     return np, np.asarray(t, np.float64)
 
 
-def _log_snr(process: Process, t: Array) -> Array:
-    namespace, t = _floating(t)
-    with np.errstate(divide="ignore"):
-        return 2 * (namespace.log(process.alpha(t)) - namespace.log(process.sigma(t)))
+class _Common:
+    """What most processes share."""
+
+    def alpha(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def sigma(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def log_snr(self, t: Array) -> Array:
+        namespace, t = _floating(t)
+        with np.errstate(divide="ignore"):
+            return 2 * (namespace.log(self.alpha(t)) - namespace.log(self.sigma(t)))
+
+    def input_scale(self, t: Array) -> Array:
+        namespace, t = _floating(t)
+        return namespace.ones_like(t)
+
+
+class _UnitTime(_Common):
+    """Continuous time in [0, 1], clean at 0."""
+
+    t_min, t_max, t_clean = 0.0, 1.0, 0.0
+    num_times: int | None = None
+
+    def time_features(self, t: Array) -> Array:
+        return 1000 * _floating(t)[1]
 
 
 @dataclass(frozen=True)
-class DiscreteProcess:
+class DiscreteProcess(_Common):
     """The variance-preserving process of the paper: T noise levels, alpha^2 + sigma^2 = 1.
 
     t runs over 0..T-1 as float, and t = -1 is clean data (alpha 1, sigma 0). Between integers, (alpha, sigma) moves along
@@ -87,6 +116,7 @@ class DiscreteProcess:
       start, end: the first and last beta; None is the schedule's default.
       num_steps: T.
       zero_terminal_snr: rescale so that alpha(T-1) = 0 (arXiv 2305.08891).
+      betas: the schedule itself, for `schedule` 'given'.
 
     Raises ValueError at construction for settings that make no schedule.
     """
@@ -96,9 +126,10 @@ class DiscreteProcess:
     end: float | None = None
     num_steps: int = 1000
     zero_terminal_snr: bool = False
+    betas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        schedules.make_betas(self.schedule, self.num_steps, self.start, self.end)
+        schedules.make_betas(self.schedule, self.num_steps, self.start, self.end, self.betas)
 
     @property
     def t_min(self) -> float:
@@ -124,8 +155,13 @@ class DiscreteProcess:
         alpha, sigma, namespace = self._chord(t)
         return sigma / namespace.hypot(alpha, sigma)
 
-    def log_snr(self, t: Array) -> Array:
-        return _log_snr(self, t)
+    def time_of_ratio(self, ratio: Array) -> Array:
+        namespace, ratio = _floating(ratio)
+        alpha, sigma = (namespace.asarray(table, ratio.dtype) for table in _tables(self))
+        low = namespace.clip(namespace.sum(sigma < ratio[..., None] * alpha, axis=-1) - 1, 0, self.num_steps - 1)
+        # On the chord between two entries: (1 - w) sigma_0 + w sigma_1 = ratio ((1 - w) alpha_0 + w alpha_1).
+        excess, missing = ratio * alpha[low] - sigma[low], sigma[low + 1] - ratio * alpha[low + 1]
+        return namespace.clip(self.t_clean + low + excess / (excess + missing), self.t_clean, self.t_max)
 
     def time_at(self, fraction: Array) -> Array:
         namespace, fraction = _floating(fraction)
@@ -154,7 +190,7 @@ class DiscreteProcess:
 @functools.lru_cache(maxsize=32)
 def _tables(process: DiscreteProcess) -> tuple[np.ndarray, np.ndarray]:
     """alpha and sigma at t = -1..T-1, float64 [T + 1]."""
-    betas = schedules.make_betas(process.schedule, process.num_steps, process.start, process.end)
+    betas = schedules.make_betas(process.schedule, process.num_steps, process.start, process.end, process.betas)
     if process.zero_terminal_snr:
         betas = schedules.rescale_zero_terminal_snr(betas)
     alpha_bar = np.concatenate([[1.0], np.cumprod(1 - betas)])
@@ -162,7 +198,7 @@ def _tables(process: DiscreteProcess) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class FlowProcess:
+class FlowProcess(_UnitTime):
     """Rectified flow: x_t = (1 - t) x_0 + t eps, t in [0, 1] (Liu et al., arXiv 2209.03003).
 
     Attributes:
@@ -176,30 +212,15 @@ class FlowProcess:
         if not self.shift > 0:
             raise ValueError(f"shift of the flow process must be positive, got {self.shift}")
 
-    @property
-    def t_min(self) -> float:
-        return 0.0
-
-    @property
-    def t_max(self) -> float:
-        return 1.0
-
-    @property
-    def t_clean(self) -> float:
-        return 0.0
-
-    @property
-    def num_times(self) -> None:
-        return None
-
     def alpha(self, t: Array) -> Array:
         return 1 - _floating(t)[1]
 
     def sigma(self, t: Array) -> Array:
         return _floating(t)[1]
 
-    def log_snr(self, t: Array) -> Array:
-        return _log_snr(self, t)
+    def time_of_ratio(self, ratio: Array) -> Array:
+        _, ratio = _floating(ratio)
+        return ratio / (1 + ratio)
 
     def time_at(self, fraction: Array) -> Array:
         _, fraction = _floating(fraction)
@@ -209,15 +230,128 @@ class FlowProcess:
         _, t = _floating(t)
         return t / (self.shift - (self.shift - 1) * t)
 
+
+@dataclass(frozen=True)
+class CosineProcess(_UnitTime):
+    """Variance-preserving in continuous time: alpha = cos(a), sigma = sin(a), t in [0, 1], tan(a) = tan(pi t/2)/shift.
+
+    With shift 1 it is the cosine schedule of arXiv 2102.09672 without its offset. `shift` < 1 adds 2 log(shift) to log-SNR, more noise for
+    larger pictures (Hoogeboom et al., arXiv 2301.11093, section 3.1: 64/resolution).
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"shift of the cosine process must be positive, got {self.shift}")
+
+    def alpha(self, t: Array) -> Array:
+        return self._both(t)[0]
+
+    def sigma(self, t: Array) -> Array:
+        return self._both(t)[1]
+
+    def time_of_ratio(self, ratio: Array) -> Array:
+        namespace, ratio = _floating(ratio)
+        return namespace.arctan(self.shift * ratio) * (2 / np.pi)
+
+    def time_at(self, fraction: Array) -> Array:
+        return _floating(fraction)[1]
+
+    def fraction_of(self, t: Array) -> Array:
+        return _floating(t)[1]
+
+    def _both(self, t: Array) -> tuple[Array, Array]:
+        namespace, t = _floating(t)
+        # Exactly no signal at the noisiest time, which the cosine of a rounded pi/2 is not.
+        alpha = namespace.where(t >= 1, 0.0, self.shift * namespace.cos(t * (np.pi / 2)))
+        sigma = namespace.sin(t * (np.pi / 2))
+        length = namespace.hypot(alpha, sigma)
+        return alpha / length, sigma / length
+
+
+@dataclass(frozen=True)
+class SigmaProcess(_Common):
+    """Variance-exploding: x_t = x_0 + t eps, where the time is sigma itself (Karras et al., arXiv 2206.00364).
+
+    Attributes:
+      sigma_min, sigma_max: the least and the most noise that networks are asked for.
+      rho: training times and grids are uniform in sigma^(1/rho); 0 stands for log sigma, the variance-exploding SDE of arXiv 2011.13456.
+      sigma_data: standard deviation of the data, for what the network is fed: 1 for scaled latents.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max or self.rho < 0 or not self.sigma_data > 0:
+            raise ValueError(
+                f"a process of sigmas needs 0 < sigma_min < sigma_max, rho >= 0 and sigma_data > 0, got {self.sigma_min}, {self.sigma_max},"
+                f" {self.rho} and {self.sigma_data}"
+            )
+
+    @property
+    def t_min(self) -> float:
+        return self.sigma_min
+
+    @property
+    def t_max(self) -> float:
+        return self.sigma_max
+
+    t_clean = 0.0
+    num_times: int | None = None
+
+    def alpha(self, t: Array) -> Array:
+        namespace, t = _floating(t)
+        return namespace.ones_like(t)
+
+    def sigma(self, t: Array) -> Array:
+        return _floating(t)[1]
+
+    def time_of_ratio(self, ratio: Array) -> Array:
+        return _floating(ratio)[1]
+
+    def time_at(self, fraction: Array) -> Array:
+        namespace, fraction = _floating(fraction)
+        if self.rho == 0:
+            return self.sigma_min * namespace.exp(fraction * np.log(self.sigma_max / self.sigma_min))
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + fraction * (high - low)) ** self.rho
+
+    def fraction_of(self, t: Array) -> Array:
+        namespace, t = _floating(t)
+        if self.rho == 0:
+            return namespace.log(t / self.sigma_min) / np.log(self.sigma_max / self.sigma_min)
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (t ** (1 / self.rho) - low) / (high - low)
+
     def time_features(self, t: Array) -> Array:
-        return 1000 * _floating(t)[1]
+        """1000 times the fraction of the way in log sigma."""
+        namespace, t = _floating(t)
+        return 1000 * namespace.log(t / self.sigma_min) / np.log(self.sigma_max / self.sigma_min)
+
+    def input_scale(self, t: Array) -> Array:
+        namespace, t = _floating(t)
+        return 1 / namespace.hypot(t, self.sigma_data * namespace.ones_like(t))
 
 
-PROCESSES: dict[str, type[DiscreteProcess] | type[FlowProcess]] = {"discrete": DiscreteProcess, "flow": FlowProcess}
+def sigma_data(process: Process) -> float:
+    """Standard deviation of the data that the process was made for; scaled latents have 1."""
+    return getattr(process, "sigma_data", 1.0)
+
+
+PROCESSES: dict[str, type[DiscreteProcess] | type[FlowProcess] | type[CosineProcess] | type[SigmaProcess]] = {
+    "discrete": DiscreteProcess,
+    "flow": FlowProcess,
+    "cosine": CosineProcess,
+    "sigma": SigmaProcess,
+}
 
 
 def make_process(kind: str, **settings: Any) -> Process:
-    """The process `kind` ('discrete' or 'flow') with its dataclass's fields as settings.
+    """The process `kind`, a key of `PROCESSES`, with its dataclass's fields as settings.
 
     Raises: ValueError for an unknown kind, an unknown setting or a value out of range.
     """

@@ -1,26 +1,32 @@
-"""Samplers: noise to x_0 by `steps` steps down a grid of times, one `lax.scan` that works inside `jax.jit`.
+"""Samplers: noise to x_0 down a grid of noise levels, one `lax.scan` that works inside `jax.jit`.
 
-In the coordinates y = x/(alpha + sigma), u = sigma/(alpha + sigma), every process is the straight path
-y = (1 - u) x_0 + u eps, and its probability-flow ODE is dy/du = eps - x_0 (with the network's x_0 and eps), finite at both ends.
-One Euler step of it is x' = alpha' x_0 + sigma' eps, which is DDIM with eta = 0; on rectified flow, where alpha + sigma = 1,
-it is the plain Euler step in t.
+What a solver does is a table of numbers (`solvers`), which levels it visits is a grid (`grid`); this is the loop over both.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ldm_jax.diffusion.grid import SPACINGS, Grid, Level, make_grid
 from ldm_jax.diffusion.prediction import determinant, solve
-from ldm_jax.diffusion.process import Array, Process
+from ldm_jax.diffusion.process import Process, expand, sigma_data
 from ldm_jax.diffusion.schedules import lookup
+from ldm_jax.diffusion.solvers import SOLVERS, Options, Row, Table, compiled
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
-Model = Callable[[jax.Array, "Level"], tuple[jax.Array, jax.Array]]  # (x_t, level) -> (x_0, eps)
+
+
+class Remembering(NamedTuple):
+    """A denoiser that remembers: (x_t, t, memory) -> (prediction, memory), first with `initial(x_t)`."""
+
+    denoise: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+    initial: Callable[[jax.Array], Any]
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,15 @@ class SamplerSettings:
     """How to sample.
 
     Attributes:
-      kind: 'ddim' (Song et al., arXiv 2010.02502); 'ddpm', ancestral sampling with the posterior's variance (arXiv 2006.11239,
-        eq. 7; equal to 'ddim' with eta 1); 'euler' (equal to 'ddim' with eta 0); 'heun', second order, two network
-        evaluations a step except for the last (arXiv 2206.00364, algorithm 1, in the coordinates of this module).
+      kind: a key of `solvers.SOLVERS`: 'ddim', 'ddpm', 'euler', 'euler_ancestral', 'heun', 'flow_heun', 'plms', 'lms', 'dpmpp_2m',
+        'dpmpp_2m_sde', 'dpmpp_3m', 'unipc'.
       steps: number of steps, at least 1, honoured exactly.
       eta: for 'ddim', 0 (deterministic) to 1 (ancestral).
-      spacing: which times are visited (arXiv 2305.08891, table 2). 'leading' 0, T/n, 2T/n, ..., of discrete processes only;
-        'trailing' ends at the noisiest time, best for few steps; 'linspace' visits both ends of a discrete process.
-        On a continuous process 'trailing' and 'linspace' are both the uniform grid of fractions 1, 1 - 1/n, ..., 0.
+      spacing: a key of `grid.SPACINGS`: 'leading', 'trailing', 'linspace', 'karras', 'exponential', 'legacy_ldm'.
+      strength: where sampling starts from data, the share of the steps that are run, in (0, 1].
+      churn, churn_min, churn_max, churn_noise: for 'heun', see `solvers.Options`.
+      threshold: 'none'; 'static', x_0 is clipped to +-`threshold_max`; 'dynamic' (arXiv 2205.11487, section 2.3), x_0 is clipped to its
+        own `threshold_quantile` where that is larger than `threshold_max`, and scaled back to it. For pixels; latents have no bounds.
 
     Raises ValueError at construction for unknown names and combinations that make no sense.
     """
@@ -44,176 +51,259 @@ class SamplerSettings:
     steps: int = 50
     eta: float = 0.0
     spacing: str = "trailing"
+    strength: float = 1.0
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float = math.inf
+    churn_noise: float = 1.0
+    threshold: str = "none"
+    threshold_max: float = 1.0
+    threshold_quantile: float = 0.995
 
     def __post_init__(self) -> None:
-        sampler = lookup("sampler", SAMPLERS, self.kind)
+        solver = lookup("sampler", SOLVERS, self.kind)
         lookup("spacing", SPACINGS, self.spacing)
+        lookup("threshold", THRESHOLDS, self.threshold)
         if self.steps < 1:
             raise ValueError(f"a sampler needs at least 1 step, got steps={self.steps}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}: above 1 there is more noise than the next time holds")
-        if self.eta and sampler.eta is not None:
-            raise ValueError(f"sampler {self.kind!r} has no eta (its noise is fixed at eta={sampler.eta:g}): use 'ddim'")
+        if self.eta and solver.eta is not None:
+            raise ValueError(f"sampler {self.kind!r} has no eta (its noise is fixed at eta={solver.eta:g}): use 'ddim'")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be in (0, 1], got {self.strength}")
+        if self.churn < 0 or not (0 <= self.churn_min <= self.churn_max) or self.churn_noise < 0:
+            raise ValueError("churn, its bounds and its noise must not be negative, and churn_min not above churn_max")
+        if self.churn and not solver.churns:
+            raise ValueError(f"sampler {self.kind!r} has no churn: use 'heun'")
+        if not self.threshold_max > 0 or not 0 < self.threshold_quantile <= 1:
+            raise ValueError("threshold_max must be positive and threshold_quantile in (0, 1]")
 
 
-def _leading(process: Process, steps: int) -> np.ndarray:
-    if process.num_times is None:
-        raise ValueError("spacing 'leading' never visits pure noise on a continuous process: use 'trailing'")
-    return np.arange(steps)[::-1] * (process.num_times // steps)
+def _static(x0: jax.Array, settings: SamplerSettings) -> jax.Array:
+    return jnp.clip(x0, -settings.threshold_max, settings.threshold_max)
 
 
-def _trailing(process: Process, steps: int) -> np.ndarray:
-    remaining = np.arange(steps, 0, -1)
-    if process.num_times is None:
-        return process.time_at(remaining / steps)
-    return np.round(remaining * process.num_times / steps) - 1
+def _dynamic(x0: jax.Array, settings: SamplerSettings) -> jax.Array:
+    size = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), settings.threshold_quantile, axis=1)
+    size = expand(jnp.maximum(size, settings.threshold_max), x0)
+    return jnp.clip(x0, -size, size) * (settings.threshold_max / size)
 
 
-def _linspace(process: Process, steps: int) -> np.ndarray:
-    if process.num_times is None:
-        return _trailing(process, steps)
-    return np.round(np.linspace(process.t_max, process.t_min, steps))
+THRESHOLDS: dict[str, Callable[[jax.Array, SamplerSettings], jax.Array] | None] = {"none": None, "static": _static, "dynamic": _dynamic}
 
 
-SPACINGS: dict[str, Callable[[Process, int], np.ndarray]] = {
-    "leading": _leading,
-    "trailing": _trailing,
-    "linspace": _linspace,
-}
+class Known(NamedTuple):
+    """What a sample must agree with outside a hole: data x_0 [B, ...] and the hole, 1 or 0, broadcastable to it."""
+
+    x0: jax.Array
+    hole: jax.Array
 
 
-def timesteps(process: Process, settings: SamplerSettings) -> np.ndarray:
-    """The grid of times, float64 [steps + 1] on the host, strictly descending; the last is `process.t_clean`.
+class Trajectory(NamedTuple):
+    """A sample [B, ...] and the states on the way to it, [recorded, B, ...]."""
 
-    Raises: ValueError where the process has fewer times than steps, or does not go with the spacing.
-    """
-    if process.num_times is not None and settings.steps > process.num_times:
-        raise ValueError(f"{settings.steps} sampling steps, but the process has only {process.num_times} times")
-    return np.append(SPACINGS[settings.spacing](process, settings.steps).astype(np.float64), process.t_clean)
+    x0: jax.Array
+    states: jax.Array
 
 
-class Level(NamedTuple):
-    """One time of the grid and the process there."""
-
-    t: Array
-    alpha: Array
-    sigma: Array
-
-
-class Step(NamedTuple):
-    """One step of the grid, scalars; `noise_std` is what a stochastic sampler adds at the end of it."""
-
-    number: Array
-    now: Level
-    next: Level
-    noise_std: Array
-
-
-def _steps(process: Process, settings: SamplerSettings) -> Step:
-    """All steps stacked, float64 on the host, because 1 - alpha^2/alpha'^2 cancels in float32.
-
-    The noise of DDIM (arXiv 2010.02502, eq. 16) for any process: eta sigma' sigma_step/sigma, where
-    sigma_step^2 = sigma^2 - (alpha/alpha')^2 sigma'^2 is the variance of q(x | x').
-    """
-    times = timesteps(process, settings)
-    alpha, sigma = process.alpha(times), process.sigma(times)
-    now, following = (Level(times[part], alpha[part], sigma[part]) for part in (slice(None, -1), slice(1, None)))
-    variance = now.sigma**2 - (now.alpha / following.alpha * following.sigma) ** 2
-    fixed = SAMPLERS[settings.kind].eta
-    eta = settings.eta if fixed is None else fixed
-    noise_std = eta * following.sigma * np.sqrt(np.maximum(variance, 0)) / now.sigma
-    return Step(np.arange(settings.steps, dtype=np.uint32), now, following, noise_std)
-
-
-def _ddim(model: Model, x: jax.Array, step: Step, noise: jax.Array | None) -> jax.Array:
-    """arXiv 2010.02502, eq. 12: the predicted x_0, the direction back to x', and fresh noise."""
-    x0, eps = model(x, step.now)
-    if noise is None:
-        return step.next.alpha * x0 + step.next.sigma * eps
-    direction = jnp.sqrt(jnp.maximum(step.next.sigma**2 - step.noise_std**2, 0))
-    return step.next.alpha * x0 + direction * eps + step.noise_std * noise
-
-
-def _heun(model: Model, x: jax.Array, step: Step, noise: jax.Array | None) -> jax.Array:
-    """The trapezoidal rule in (y, u); the step to clean data, where no network is defined, stays an Euler step."""
-    x0, eps = model(x, step.now)
-    euler = step.next.alpha * x0 + step.next.sigma * eps
-    scale = step.next.alpha + step.next.sigma
-    span = step.next.sigma / scale - step.now.sigma / (step.now.alpha + step.now.sigma)
-
-    def corrected() -> jax.Array:
-        next_x0, next_eps = model(euler, step.next)
-        return euler + 0.5 * scale * span * ((next_eps - next_x0) - (eps - x0))
-
-    return jax.lax.cond(step.next.sigma == 0, lambda: euler, corrected)
-
-
-class Sampler(NamedTuple):
-    """`update(model, x, step, noise) -> x'`; `eta` is the sampler's own, None where it is the user's choice."""
-
-    update: Callable[[Model, jax.Array, Step, jax.Array | None], jax.Array]
-    eta: float | None
-
-
-SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(_ddim, None),
-    "ddpm": Sampler(_ddim, 1.0),
-    "euler": Sampler(_ddim, 0.0),
-    "heun": Sampler(_heun, 0.0),
-}
+def start_of(settings: SamplerSettings) -> int:
+    """The step at which sampling from data starts."""
+    return settings.steps - max(1, round(settings.strength * settings.steps))
 
 
 def sample(
-    denoise: Denoise,
+    denoise: Denoise | Remembering,
     process: Process,
     prediction: str,
     settings: SamplerSettings,
     noise: jax.Array,
     keys: jax.Array | None = None,
+    init: jax.Array | None = None,
+    known: Known | None = None,
 ) -> jax.Array:
-    """x_0 from noise.
+    """x_0 from noise, as `trajectory`."""
+    return trajectory(denoise, process, prediction, settings, noise, keys, init, known).x0
+
+
+def trajectory(
+    denoise: Denoise | Remembering,
+    process: Process,
+    prediction: str,
+    settings: SamplerSettings,
+    noise: jax.Array,
+    keys: jax.Array | None = None,
+    init: jax.Array | None = None,
+    known: Known | None = None,
+    record_every: int = 0,
+) -> Trajectory:
+    """x_0 from noise, with the states after every `record_every` steps.
 
     Args:
-      denoise: (x_t [B, ...], t float [B] in the process's units) -> prediction [B, ...]; traced once a scan, twice for 'heun'.
-      process, settings: static.
+      denoise: (x_t [B, ...], t float [B] in the process's units) -> prediction [B, ...]; traced once.
+      process, settings, record_every: static.
       prediction: what denoise returns, a key of `PREDICTIONS`.
       noise: [B, ...], standard normal.
-      keys: typed PRNG keys [B], one per image, needed where noise is added on the way; step k of image i adds
+      keys: typed PRNG keys [B], one per image, needed where noise is added on the way; row k of image i's table adds
         normal(fold_in(keys[i], k)), so an image does not depend on the batch it is drawn in.
+      init: data x_0 [B, ...] to start from, noised to the level at which `settings.strength` of the steps are left (arXiv 2108.01073).
+      known: data to keep outside a hole: before each evaluation the state there is replaced by the data at that level (arXiv 2201.09865,
+        eq. 8), at the end by the data.
 
-    Returns: [B, ...] in promote_types(noise.dtype, float32).
+    Returns x_0 [B, ...] and states [steps run // record_every, B, ...], in promote_types(noise.dtype, float32).
     Raises: ValueError for settings that do not go with the process or prediction, or keys that are missing.
     """
-    steps = _steps(process, settings)
-    singular = steps.now.t[determinant(prediction, steps.now.alpha, steps.now.sigma) == 0]
+    if init is None and settings.strength != 1:
+        raise ValueError(f"strength={settings.strength:g} without data to start from: give the data, or leave strength at 1")
+    grid = make_grid(process, settings.spacing, settings.steps)
+    if init is not None:
+        grid = grid.after(start_of(settings))
+    options = Options(
+        SOLVERS[settings.kind].eta or settings.eta, settings.churn, settings.churn_min, settings.churn_max, settings.churn_noise
+    )
+    table = SOLVERS[settings.kind].table(process, grid, options)
+    _check_determined(process, prediction, settings, table)
+    dtype = jnp.promote_types(noise.dtype, jnp.float32)
+    if not np.any(table.noise > 0) and known is None:
+        keys = None
+    elif keys is None or keys.shape != noise.shape[:1]:
+        raise ValueError(f"sampler {settings.kind!r} adds noise: give keys, one per image [{noise.shape[0]}]")
+    first = Level(*(values[0] for values in table.level))
+    # Without data to start from: data of unit variance with the noise of the first level.
+    scale = float(first.sigma if init is not None else np.hypot(first.alpha, first.sigma))
+    x = scale * noise.astype(dtype) + (0.0 if init is None else float(first.alpha) * init.astype(dtype))
+    answer = _answers(denoise, process, prediction, settings, table.basis)
+    return integrate(answer, table, x, keys, known, record_every)
+
+
+def _check_determined(process: Process, prediction: str, settings: SamplerSettings, table: Table) -> None:
+    level = table.level
+    with np.errstate(divide="ignore", invalid="ignore"):
+        singular = level.t[determinant(prediction, level.alpha, level.sigma, sigma_data(process)) == 0]
     if singular.size:
         raise ValueError(
             f"prediction {prediction!r} does not determine x_0 at t={singular[0]:g}, which spacing {settings.spacing!r} visits:"
             " train with 'v', 'x0' or 'flow', or choose a spacing that starts later"
         )
-    if not np.any(steps.noise_std > 0):
-        keys = None
-    elif keys is None or keys.shape != noise.shape[:1]:
-        raise ValueError(f"sampler {settings.kind!r} adds noise: give keys, one per image [{noise.shape[0]}]")
-    dtype = jnp.promote_types(noise.dtype, jnp.float32)
-
-    def model(x: jax.Array, level: Level) -> tuple[jax.Array, jax.Array]:
-        return solve(prediction, level.alpha, level.sigma, denoise(x, jnp.broadcast_to(level.t, x.shape[:1])), x)
-
-    def body(x: jax.Array, step: Step) -> tuple[jax.Array, None]:
-        fresh = None if keys is None else _normal(keys, step.number, x.shape[1:], dtype)
-        return SAMPLERS[settings.kind].update(model, x, step, fresh).astype(dtype), None
-
-    cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype) if leaf.dtype == np.float64 else jnp.asarray(leaf), steps)
-    return jax.lax.scan(body, noise.astype(dtype), cast)[0]
+    if not all(np.all(np.isfinite(values)) for values in (table.x, table.noise)):
+        raise ValueError(f"sampler {settings.kind!r} needs some signal at the first time: use 'ddim', 'flow_heun', 'dpmpp_2m' or 'unipc'")
 
 
-def _normal(keys: jax.Array, number: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+Answer = Callable[[jax.Array, Level, Any], tuple[jax.Array, Any]]  # (x_t, level, memory) -> (x_0 or eps, memory)
+
+
+def _answers(
+    denoise: Denoise | Remembering, process: Process, prediction: str, settings: SamplerSettings, basis: str
+) -> tuple[Answer, Callable[[jax.Array], Any]]:
+    """The network's answers in a table's basis, and its first memory."""
+    remembering = denoise if isinstance(denoise, Remembering) else Remembering(lambda x, t, memory: (denoise(x, t), memory), lambda x: ())
+    threshold = THRESHOLDS[settings.threshold]
+
+    def answer(x: jax.Array, level: Level, memory: Any) -> tuple[jax.Array, Any]:
+        pred, memory = remembering.denoise(x, jnp.broadcast_to(level.t, x.shape[:1]), memory)
+        x0, eps = solve(prediction, level.alpha, level.sigma, pred, x, sigma_data(process))
+        if threshold is not None:
+            x0 = threshold(x0, settings)
+            eps = (x - level.alpha * x0) / level.sigma
+        return (x0 if basis == "x0" else eps), memory
+
+    return answer, remembering.initial
+
+
+class _Carry(NamedTuple):
+    """What the loop hands on: the state, a solver's base, its older answers, the guidance's memory and the recorded states."""
+
+    x: jax.Array
+    base: jax.Array | None
+    older: tuple[jax.Array, ...]
+    memory: Any
+    states: jax.Array
+
+
+def integrate(
+    answers: tuple[Answer, Callable[[jax.Array], Any]],
+    table: Table,
+    x: jax.Array,
+    keys: jax.Array | None,
+    known: Known | None,
+    record_every: int,
+) -> Trajectory:
+    """The loop over a table's rows, from the state x [B, ...] at its first level."""
+    answer, initial = answers
+    dtype = x.dtype
+    slots = _slots(table, record_every)
+    recorded = int(slots.max(initial=-1)) + 1
+    slots = np.where(slots < 0, recorded, slots)  # beyond the end: dropped
+
+    def body(carry: _Carry, row: Any) -> tuple[_Carry, None]:
+        level, x_weights, base_weights, noise, number, slot = row
+        x = carry.x
+        if known is not None:
+            fresh = _normal(jax.vmap(lambda key: jax.random.fold_in(key, _OF_KNOWN))(keys), number, x.shape[1:], dtype)
+            x = jnp.where(known.hole > 0, x, (level.alpha * known.x0 + level.sigma * fresh).astype(dtype))
+        m, memory = answer(x, level, carry.memory)
+        answered = (m.astype(dtype), *carry.older)
+        seen = (x, carry.base, *answered)
+        following = _combined(x_weights, seen)
+        if keys is not None and table.noise.any():
+            following += noise * _normal(keys, number, x.shape[1:], dtype)
+        base = None if carry.base is None else _combined(base_weights, seen)
+        states = carry.states.at[slot].set(following, mode="drop") if recorded else carry.states
+        return _Carry(following, base, answered[: table.history - 1], memory, states), None
+
+    older = tuple(jnp.zeros_like(x) for _ in range(table.history - 1))
+    start = _Carry(x, None if table.base is None else x, older, initial(x), jnp.zeros((recorded, *x.shape), dtype))
+    rows = (table.level, table.x, table.x if table.base is None else table.base, table.noise, np.arange(len(slots), dtype=np.uint32), slots)
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype) if leaf.dtype == np.float64 else jnp.asarray(leaf), rows)
+    end = jax.lax.scan(body, start, rows)[0]
+    x0 = end.x if known is None else jnp.where(known.hole > 0, end.x, known.x0.astype(dtype))
+    return Trajectory(x0, end.states)
+
+
+def _slots(table: Table, record_every: int) -> np.ndarray:
+    """Where the state after each row is kept, -1 for nowhere."""
+    done = np.cumsum(table.done)
+    keep = table.done & (record_every > 0) & (done % max(record_every, 1) == 0)
+    return np.where(keep, done // max(record_every, 1) - 1, -1)
+
+
+def _combined(weights: jax.Array, seen: tuple[jax.Array | None, ...]) -> jax.Array:
+    return sum((weights[i] * value for i, value in enumerate(seen) if value is not None), start=jnp.zeros((), weights.dtype))
+
+
+def invert(denoise: Denoise, process: Process, prediction: str, settings: SamplerSettings, x0: jax.Array) -> jax.Array:
+    """The noise [B, ...] from which deterministic DDIM gives the data x0 [B, ...] (arXiv 2010.02502, section 4.3).
+
+    Steps go the other way, each with the network's answer at the noisier end, since there is none for clean data; the error of coming
+    back falls with the steps. Raises ValueError for another sampler than 'ddim' or 'euler' with eta 0, and where `prediction` does not
+    determine the noise of clean data.
+    """
+    if settings.kind not in ("ddim", "euler") or settings.eta:
+        raise ValueError("only sampler 'ddim' with eta 0 is inverted")
+    grid = make_grid(process, settings.spacing, settings.steps)
+    table = _inverse_table(grid)
+    _check_determined(process, prediction, settings, table)
+    dtype = jnp.promote_types(x0.dtype, jnp.float32)
+    answers = _answers(denoise, process, prediction, settings, "eps")
+    return integrate(answers, table, x0.astype(dtype), None, None, 0).x0 / float(np.hypot(grid.alpha[0], grid.sigma[0]))
+
+
+def _inverse_table(grid: Grid) -> Table:
+    rows: list[Row] = []
+    for i in range(grid.steps, 0, -1):
+        keep = grid.alpha[i - 1] / grid.alpha[i]
+        level = Level(grid.t[i - 1], grid.alpha[i], grid.sigma[i])
+        rows.append(Row(level, {"x": keep, len(rows): grid.sigma[i - 1] - keep * grid.sigma[i]}))
+    return compiled("eps", rows)
+
+
+def _normal(keys: jax.Array | None, number: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Standard normal [B, *shape] from fold_in(keys[i], number)."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape, dtype))(keys)
 
 
 _INITIAL, _ON_THE_WAY = 0, 1
+_OF_KNOWN = 2**31
 
 
 def initial_noise(seed: int, image_indices: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:

@@ -4,7 +4,7 @@ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t), so q(x_t | x_0) = N(sqrt
 with abar_t = prod_{s <= t} (1 - beta_s) (Ho et al., arXiv 2006.11239, eq. 2 and 4).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,11 @@ def linear_beta(num_steps: int, start: float = 1e-4, end: float = 0.02) -> np.nd
     return np.linspace(start, end, num_steps, dtype=np.float64)
 
 
+def sqrt(num_steps: int, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
+    """Square roots of what is linear from `start` to `end`: the "sqrt" of the paper's code. `start` and `end` are betas squared."""
+    return np.linspace(start, end, num_steps, dtype=np.float64) ** 0.5
+
+
 def cosine(num_steps: int) -> np.ndarray:
     """abar_t = f(t)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008, beta <= 0.999 (arXiv 2102.09672, eq. 17)."""
     offset = 0.008
@@ -37,31 +42,37 @@ def cosine(num_steps: int) -> np.ndarray:
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
-SCHEDULES: dict[str, Callable[..., np.ndarray]] = {"linear": linear, "linear_beta": linear_beta, "cosine": cosine}
-_WITHOUT_ENDS = {"cosine"}
+SCHEDULES: dict[str, Callable[..., np.ndarray]] = {"linear": linear, "linear_beta": linear_beta, "sqrt": sqrt, "cosine": cosine}
+GIVEN = "given"
+_WITHOUT_ENDS = {"cosine", GIVEN}
 
 
-def make_betas(kind: str, num_steps: int, start: float | None = None, end: float | None = None) -> np.ndarray:
+def make_betas(kind: str, num_steps: int, start: float | None = None, end: float | None = None, betas: Sequence[float] = ()) -> np.ndarray:
     """Betas of a named schedule.
 
     Args:
-      kind: a key of `SCHEDULES`.
+      kind: a key of `SCHEDULES`, or 'given'.
       num_steps: T, at least 2.
       start, end: first and last beta, 0 < start <= end < 1; None takes the schedule's own default.
+      betas: for 'given' alone, [T], each in (0, 1]; a last one of 1 leaves no signal.
 
-    Returns: float64 [T], each in (0, 1).
+    Returns: float64 [T].
     Raises: ValueError for an unknown kind, ends out of range, or ends given to a schedule that has none.
     """
-    schedule = lookup("schedule", SCHEDULES, kind)
+    make = lookup("schedule", {**SCHEDULES, GIVEN: lambda num_steps: np.asarray(betas, np.float64)}, kind)
     if num_steps < 2:
         raise ValueError(f"a schedule needs at least 2 steps, got num_steps={num_steps}")
     ends = {name: value for name, value in (("start", start), ("end", end)) if value is not None}
     if ends and kind in _WITHOUT_ENDS:
         raise ValueError(f"schedule {kind!r} has no {' or '.join(ends)}: leave them at None")
-    betas = schedule(num_steps, **ends)
-    if not 0 < betas[0] <= betas[-1] < 1:
-        raise ValueError(f"schedule {kind!r} needs 0 < start <= end < 1, got start={betas[0]:g}, end={betas[-1]:g}")
-    return betas
+    if len(betas) != (num_steps if kind == GIVEN else 0):
+        raise ValueError(f"{len(betas)} betas for schedule {kind!r} of {num_steps} steps: 'given' takes one a step, others none")
+    table = make(num_steps, **ends)
+    if kind == GIVEN and np.all((table > 0) & (table <= 1)):
+        return table
+    if not np.all((table > 0) & (table < 1)) or table[0] > table[-1]:
+        raise ValueError(f"schedule {kind!r} needs 0 < start <= end < 1, got start={table[0]:g}, end={table[-1]:g}")
+    return table
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:

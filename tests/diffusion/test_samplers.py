@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 
 from ldm_jax.diffusion.prediction import target
 from ldm_jax.diffusion.process import DiscreteProcess, FlowProcess, Process, expand
-from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample, timesteps
+from ldm_jax.diffusion.grid import make_grid
+from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
 
 DISCRETE, FLOW = DiscreteProcess(), FlowProcess()
 MEAN, STD = 0.7, 0.4
+
+
+def timesteps(process: Process, settings: SamplerSettings) -> np.ndarray:
+    return make_grid(process, settings.spacing, settings.steps).t
 
 
 def gaussian(process: Process, kind: str, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -149,7 +154,7 @@ def test_gaussian_data_come_out_with_the_moments_of_theory(process: Process, kin
     assert errors[1] < errors[0] / 4 and errors[1] < 0.02 * STD
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("flow_heun", 2)])
 @pytest.mark.parametrize("process", [FLOW, FlowProcess(shift=2.0)])
 def test_error_falls_at_the_order_of_the_solver(sampler: str, order: int, process: FlowProcess) -> None:
     with jax.enable_x64(True):
@@ -167,11 +172,11 @@ def test_zero_terminal_snr_starts_from_pure_noise() -> None:
     """With v-prediction and trailing spacing, the discrete process carries N(0, 1) exactly onto the data."""
     process = DiscreteProcess("linear", 0.00085, 0.012, zero_terminal_snr=True)
     noise = jnp.asarray([[-1.5], [0.3], [2.0]])
-    found = sample(functools.partial(gaussian, process, "v"), process, "v", SamplerSettings("heun", 1000), noise)
+    found = sample(functools.partial(gaussian, process, "v"), process, "v", SamplerSettings("flow_heun", 1000), noise)
     np.testing.assert_allclose(found, exact_flow(np.asarray(noise)), atol=3e-3)
 
 
-@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 13), ("ddpm", 13), ("euler", 13), ("heun", 25)])
+@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 13), ("ddpm", 13), ("euler", 13), ("heun", 25), ("flow_heun", 25), ("plms", 14), ("unipc", 13)])
 def test_number_of_network_calls(sampler: str, calls: int) -> None:
     seen: list[float] = []
 
