@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion import prediction
-from ldm_jax.diffusion.losses import DiffusionLoss, TimeSampling, bucketed, loss_weight, noised, per_example, sample_times
-from ldm_jax.diffusion.process import DiscreteProcess, FlowProcess
+from ldm_jax.diffusion.losses import WEIGHTINGS, DiffusionLoss, bucketed, loss_weight, noised, per_example, training_noise
+from ldm_jax.diffusion.process import DiscreteProcess, FlowProcess, SigmaProcess
+from ldm_jax.diffusion.times import TimeSampling, sample_times
 
 ZERO_SNR = DiscreteProcess("linear", 0.00085, 0.012, zero_terminal_snr=True)
-KINDS = ["eps", "x0", "v", "flow"]
+KINDS = ["eps", "x0", "v", "flow", "edm"]
 
 
 def test_stratified_times_fill_every_stratum() -> None:
@@ -58,15 +59,16 @@ def test_min_snr_weights_are_the_published_ones() -> None:
 def test_min_snr_is_finite_at_both_ends(kind: str) -> None:
     settings = DiffusionLoss(kind, weighting="min_snr")
     at_zero_snr = float(loss_weight(ZERO_SNR, settings, jnp.asarray([999.0]))[0])
-    assert at_zero_snr == {"eps": 1.0, "x0": 0.0, "v": 0.0, "flow": 0.0}[kind]
+    assert at_zero_snr == {"eps": 1.0, "x0": 0.0, "v": 0.0, "flow": 0.0, "edm": 0.0}[kind]
     ends = loss_weight(FlowProcess(), settings, jnp.asarray([0.0, 1.0]))
     assert bool(jnp.isfinite(ends).all())
-    assert float(ends[0]) == {"eps": 0.0, "x0": 5.0, "v": 0.0, "flow": 0.0}[kind]
+    assert float(ends[0]) == {"eps": 0.0, "x0": 5.0, "v": 0.0, "flow": 0.0, "edm": 0.0}[kind]
     near = loss_weight(FlowProcess(), settings, jnp.asarray([1e-6, 1 - 1e-6]))
     np.testing.assert_allclose(near, ends, atol=1e-4)
 
 
-def test_min_snr_makes_all_predictions_one_objective() -> None:
+@pytest.mark.parametrize("weighting", [name for name in WEIGHTINGS if name != "none"])
+def test_a_weighting_makes_all_predictions_one_objective(weighting: str) -> None:
     """The same x_0 estimate costs the same and has the same gradient whatever the network predicts."""
     process = DiscreteProcess()
     x0, eps, estimate = (jax.random.normal(key, (4, 6)) for key in jax.random.split(jax.random.key(0), 3))
@@ -76,12 +78,104 @@ def test_min_snr_makes_all_predictions_one_objective() -> None:
     def loss(estimate: jax.Array, kind: str) -> jax.Array:
         implied = prediction.to_eps("x0", process, estimate, x_t, t)
         pred = prediction.target(kind, process, estimate, implied, t)
-        return per_example(process, DiffusionLoss(kind, weighting="min_snr"), pred, x0, eps, t).sum()
+        return per_example(process, DiffusionLoss(kind, weighting=weighting), pred, x0, eps, t).sum()
 
-    values, gradients = zip(*(jax.value_and_grad(loss)(estimate, kind) for kind in KINDS), strict=True)
-    np.testing.assert_allclose(values, values[0], rtol=1e-4)
+    with jax.enable_x64(True):
+        x0, eps, estimate, t, x_t = (jnp.asarray(value, jnp.float64) for value in (x0, eps, estimate, t, x_t))
+        x_t = noised(process, x0, eps, t)
+        values, gradients = zip(*(jax.value_and_grad(loss)(estimate, kind) for kind in KINDS), strict=True)
+    np.testing.assert_allclose(values, values[0], rtol=1e-5)
     for gradient in gradients[1:]:
-        np.testing.assert_allclose(gradient, gradients[0], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(gradient, gradients[0], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0", "flow", "edm"])
+def test_every_prediction_has_the_same_minimiser(kind: str) -> None:
+    """For data of two values the best constant prediction given (x_t, t), found by least squares, is the posterior mean of x_0."""
+    process, t = DiscreteProcess(), 500.0
+    alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
+    with jax.enable_x64(True):
+        x_t, values = jnp.asarray([[0.3]]), jnp.asarray([[1.0], [-1.0]])
+        noise = (x_t - alpha * values) / sigma
+        weight = jax.nn.softmax(-0.5 * noise[:, 0] ** 2)  # p(x_0 | x_t)
+
+        def loss(pred: jax.Array) -> jax.Array:
+            both = jnp.broadcast_to(pred, values.shape)
+            return (weight * per_example(process, DiffusionLoss(kind), both, values, noise, jnp.full(2, t))).sum()
+
+        start = jnp.zeros((1, 1))
+        best = start - jax.grad(loss)(start) / jax.hessian(loss)(start).reshape(1, 1)
+        found = prediction.to_x0(kind, process, best, x_t, jnp.asarray([t]))
+        np.testing.assert_allclose(found, (weight * values[:, 0]).sum(), rtol=1e-9)
+
+
+def test_weightings_are_the_published_ones() -> None:
+    process, t = DiscreteProcess(), jnp.arange(1.0, 1000.0, 37.0)
+    snr = np.exp(np.asarray(process.log_snr(np.asarray(t))))
+    on_eps = {
+        "soft_min_snr": (DiffusionLoss(weighting="soft_min_snr"), 5 / (snr + 5)),
+        "p2": (DiffusionLoss(weighting="p2", gamma=1.5, weight_offset=2.0), (2 + snr) ** -1.5),
+        "sigmoid": (DiffusionLoss(weighting="sigmoid", weight_offset=-1.0), 1 / (1 + snr * np.exp(1.0))),
+    }
+    for settings, expected in on_eps.values():
+        np.testing.assert_allclose(loss_weight(process, settings, t), expected, rtol=2e-4)
+    edm = SigmaProcess(sigma_data=0.5)
+    sigma = jnp.asarray([0.002, 0.5, 80.0])
+    expected = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+    np.testing.assert_allclose(loss_weight(edm, DiffusionLoss("x0", weighting="edm"), sigma), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss_weight(edm, DiffusionLoss("edm", weighting="edm"), sigma), 1.0, rtol=1e-5)
+
+
+def test_the_bound_has_the_weights_of_the_published_code() -> None:
+    """beta^2/(2 posterior variance alpha (1 - alpha-bar)) on eps, the first as the second, added to what is there."""
+    process = DiscreteProcess(num_steps=20)
+    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 20) ** 2
+    bar = np.cumprod(1 - betas)
+    before = np.concatenate([[1.0], bar[:-1]])
+    with np.errstate(divide="ignore"):
+        expected = betas**2 / (2 * betas * (1 - before) / (1 - bar) * (1 - betas) * (1 - bar))
+    with jax.enable_x64(True):
+        weight = loss_weight(process, DiffusionLoss(vlb_weight=0.1), jnp.arange(20.0))
+    np.testing.assert_allclose(weight[1:], 1 + 0.1 * expected[1:], rtol=1e-8)
+    assert np.isfinite(weight[0])
+    with pytest.raises(ValueError, match="vlb_weight is of discrete processes"):
+        loss_weight(FlowProcess(), DiffusionLoss(vlb_weight=0.1), jnp.asarray([0.5]))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_is_finite_at_both_ends(weighting: str, kind: str) -> None:
+    for process, ends in ((ZERO_SNR, [0.0, 999.0]), (FlowProcess(), [0.0, 1.0])):
+        weight = loss_weight(process, DiffusionLoss(kind, weighting=weighting), jnp.asarray(ends))
+        assert bool(jnp.isfinite(weight).all()) and float(weight.min()) >= 0
+
+
+def test_offset_and_perturbation_of_the_noise() -> None:
+    key, shape = jax.random.key(0), (2000, 4, 4, 3)
+    plain, same = training_noise(key, shape, jnp.float32, 0.0, 0.0)
+    np.testing.assert_array_equal(plain, jax.random.normal(key, shape))
+    np.testing.assert_array_equal(plain, same)
+    eps, in_state = training_noise(key, shape, jnp.float32, 0.5, 0.1)
+    means = np.asarray(eps.mean(axis=(1, 2)))
+    assert means.std() == pytest.approx((0.25 + 1 / 16) ** 0.5, rel=0.05)
+    assert abs(np.corrcoef(means.T)[0, 1]) < 0.1  # each channel has its own
+    extra = np.asarray(in_state - eps)
+    assert extra.std() == pytest.approx(0.1, rel=0.02) and abs(np.corrcoef(extra.ravel(), eps.ravel())[0, 1]) < 0.02
+
+
+def test_mode_and_log_normal_times() -> None:
+    u = np.asarray(sample_times(TimeSampling("mode", mode_scale=1.29), FlowProcess(), jax.random.key(0), 20000))
+    v = np.sort(np.linspace(0, 1, 20001))
+    expected = 1 - v - 1.29 * (np.cos(np.pi / 2 * v) ** 2 - 1 + v)
+    assert abs(np.quantile(u, [0.1, 0.5, 0.9]) - np.quantile(expected, [0.1, 0.5, 0.9])).max() < 0.02
+    sigma = sample_times(TimeSampling("log_normal", -1.2, 1.2), SigmaProcess(), jax.random.key(0), 20000)
+    log = np.log(np.asarray(sigma))
+    assert abs(log.mean() + 1.2) < 4 * 1.2 / 20000**0.5 and abs(log.std() - 1.2) < 0.03
+    t = np.asarray(sample_times(TimeSampling("log_normal", -1.2, 1.2), DiscreteProcess(), jax.random.key(0), 20000))
+    ratio = DiscreteProcess().sigma(t) / DiscreteProcess().alpha(t)
+    assert abs(np.median(np.log(ratio)) + 1.2) < 0.05
+    np.testing.assert_array_equal(t, np.round(t))
+    assert t.min() >= 0 and t.max() <= 999
 
 
 def test_noised_has_the_forward_marginal() -> None:
@@ -106,7 +200,7 @@ def test_buckets_partition_the_batch_and_contain_a_nan() -> None:
     [
         ({"prediction": "noise"}, "unknown prediction 'noise'"),
         ({"loss": "mse"}, "unknown loss 'mse': choose one of l1, l2, huber"),
-        ({"weighting": "snr"}, "unknown weighting 'snr': choose one of none, min_snr"),
+        ({"weighting": "snr"}, "unknown weighting 'snr': choose one of none, min_snr, soft_min_snr, p2, edm, sigmoid"),
         ({"gamma": 0.0}, "gamma of the diffusion loss must be positive"),
     ],
 )

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from ldm_jax.diffusion import prediction
 from ldm_jax.diffusion.losses import noised
-from ldm_jax.diffusion.process import DiscreteProcess, FlowProcess
+from ldm_jax.diffusion.process import CosineProcess, DiscreteProcess, FlowProcess, Process, SigmaProcess
 
 PROCESSES = [DiscreteProcess(), DiscreteProcess("linear", 0.00085, 0.012, zero_terminal_snr=True), FlowProcess()]
-KINDS = ["eps", "x0", "v", "flow"]
+PROCESSES += [CosineProcess(0.5), SigmaProcess(sigma_data=0.5)]
+KINDS = ["eps", "x0", "v", "flow", "edm"]
 
 
 def _data(shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array]:
@@ -18,11 +19,13 @@ def _data(shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> tuple[jax.A
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_targets_are_their_definitions(process: DiscreteProcess | FlowProcess) -> None:
+def test_targets_are_their_definitions(process: Process) -> None:
     x0, eps = _data((3, 4, 4, 2))
     t = process.time_at(jnp.asarray([0.0, 0.4, 1.0]))
     alpha, sigma = (f(t).reshape(3, 1, 1, 1) for f in (process.alpha, process.sigma))
-    expected = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+    s = getattr(process, "sigma_data", 1.0)
+    size = jnp.sqrt(sigma**2 + alpha**2 * s**2)
+    expected = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0, "edm": (sigma * x0 / s - alpha * s * eps) / size}
     for kind in KINDS:
         np.testing.assert_allclose(prediction.target(kind, process, x0, eps, t), expected[kind], rtol=1e-6)
 
@@ -31,7 +34,7 @@ def test_targets_are_their_definitions(process: DiscreteProcess | FlowProcess) -
 @pytest.mark.parametrize("process", PROCESSES)
 @settings(max_examples=12, deadline=None)
 @given(fraction=st.floats(0.001, 0.999), seed=st.integers(0, 2**30))
-def test_conversions_invert(kind: str, process: DiscreteProcess | FlowProcess, fraction: float, seed: int) -> None:
+def test_conversions_invert(kind: str, process: Process, fraction: float, seed: int) -> None:
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
         x0, eps = jnp.asarray(rng.normal(size=(2, 3))), jnp.asarray(rng.normal(size=(2, 3)))
@@ -69,5 +72,24 @@ def test_half_precision_is_lifted_and_unknown_names_refused() -> None:
     t = jnp.asarray([3.0, 900.0])
     assert prediction.target("v", process, x0, eps, t).dtype == jnp.float32
     assert prediction.to_x0("v", process, x0, eps, t).dtype == jnp.float32
-    with pytest.raises(ValueError, match="unknown prediction 'score': choose one of eps, x0, v, flow"):
+    with pytest.raises(ValueError, match="unknown prediction 'score': choose one of eps, x0, v, flow, edm"):
         prediction.target("score", process, x0, eps, t)
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.3, 80.0])
+def test_edm_is_the_network_inside_the_preconditioning(sigma: float) -> None:
+    """arXiv 2206.00364, table 1: D(x) = c_skip x + c_out F(c_in x), and F's target has unit variance."""
+    s = 0.5
+    process = SigmaProcess(sigma_data=s)
+    x0, eps = _data((20000, 1))
+    x0, t = s * x0, jnp.full(20000, sigma)
+    x_t, pred = noised(process, x0, eps, t), prediction.target("edm", process, x0, eps, t)
+    c_skip, c_out = s**2 / (sigma**2 + s**2), sigma * s / np.hypot(sigma, s)
+    np.testing.assert_allclose(c_skip * x_t + c_out * pred, x0, atol=3e-5)
+    assert float(pred.std()) == pytest.approx(1, rel=0.03)
+    assert float((process.input_scale(t)[:, None] * x_t).std()) == pytest.approx(1, rel=0.03)
+
+
+def test_edm_is_minus_v_where_variance_is_preserved() -> None:
+    process, (x0, eps), t = DiscreteProcess(), _data((2, 5)), jnp.asarray([3.0, 900.0])
+    np.testing.assert_allclose(prediction.target("edm", process, x0, eps, t), -prediction.target("v", process, x0, eps, t), atol=1e-6)

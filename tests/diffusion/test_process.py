@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm_jax.diffusion import schedules
-from ldm_jax.diffusion.process import DiscreteProcess, FlowProcess, expand, make_process
+from ldm_jax.diffusion.process import CosineProcess, DiscreteProcess, FlowProcess, Process, SigmaProcess, expand, make_process
 
 DISCRETE = [
     DiscreteProcess(),
@@ -17,7 +17,7 @@ DISCRETE = [
     DiscreteProcess("cosine"),
     DiscreteProcess("linear", 0.00085, 0.012, zero_terminal_snr=True),
 ]
-ALL = [*DISCRETE, FlowProcess(), FlowProcess(shift=3.0)]
+ALL = [*DISCRETE, FlowProcess(), FlowProcess(shift=3.0), CosineProcess(), CosineProcess(0.25), SigmaProcess(), SigmaProcess(rho=0.0)]
 
 
 @pytest.mark.parametrize("process", DISCRETE)
@@ -42,7 +42,7 @@ def test_discrete_preserves_variance_between_integers_too(process: DiscreteProce
 
 
 @pytest.mark.parametrize("process", ALL)
-def test_log_snr_falls_strictly_and_agrees_with_its_definition(process: DiscreteProcess | FlowProcess) -> None:
+def test_log_snr_falls_strictly_and_agrees_with_its_definition(process: Process) -> None:
     t = np.linspace(process.t_min, process.t_max, 2 * (process.num_times or 500) - 1)
     log_snr = process.log_snr(t)
     assert np.all(np.diff(log_snr) < 0)
@@ -56,7 +56,7 @@ def test_log_snr_is_infinite_at_the_ends() -> None:
 
 
 @pytest.mark.parametrize("process", ALL)
-def test_fractions_cover_the_times(process: DiscreteProcess | FlowProcess) -> None:
+def test_fractions_cover_the_times(process: Process) -> None:
     fraction = jnp.linspace(0, 1, 5001)
     t = process.time_at(fraction)
     assert t.dtype == jnp.float32
@@ -113,3 +113,46 @@ def test_bad_input(kind: str, settings: dict, message: str) -> None:
 def test_make_process() -> None:
     assert make_process("discrete", schedule="cosine", num_steps=50) == DiscreteProcess("cosine", num_steps=50)
     assert make_process("flow", shift=2.0) == FlowProcess(2.0)
+
+
+@pytest.mark.parametrize("process", ALL)
+@given(position=st.floats(0.001, 0.999))
+def test_the_time_of_a_ratio_is_where_that_ratio_is(process: Process, position: float) -> None:
+    t = process.t_min + position * (process.t_max - process.t_min)
+    ratio = process.sigma(t) / process.alpha(t)
+    assert process.time_of_ratio(ratio) == pytest.approx(t, rel=1e-7, abs=1e-7)
+    on_device = process.time_of_ratio(jnp.asarray([ratio], jnp.float32))
+    np.testing.assert_allclose(process.sigma(on_device) / process.alpha(on_device), ratio, rtol=2e-4)
+
+
+@pytest.mark.parametrize("process", ALL)
+@given(fraction=st.floats(0, 1))
+def test_inputs_have_unit_variance_where_the_data_has(process: Process, fraction: float) -> None:
+    """Flow's need not: there x_t itself is what networks are fed."""
+    t = process.time_at(fraction)
+    data = getattr(process, "sigma_data", 1.0)
+    if not isinstance(process, FlowProcess):
+        assert process.input_scale(t) * np.hypot(process.alpha(t) * data, process.sigma(t)) == pytest.approx(1, abs=1e-12)
+
+
+def test_the_cosine_process_is_the_cosine_and_its_shift_moves_log_snr() -> None:
+    t = np.linspace(0.01, 0.99, 50)
+    np.testing.assert_allclose(CosineProcess().alpha(t), np.cos(np.pi * t / 2), rtol=1e-12)
+    np.testing.assert_allclose(CosineProcess(0.25).log_snr(t), CosineProcess().log_snr(t) + 2 * np.log(0.25), rtol=1e-9, atol=1e-9)
+    assert CosineProcess().alpha(1.0) == 0 and CosineProcess().sigma(0.0) == 0
+
+
+def test_sigmas_are_those_of_edm() -> None:
+    """arXiv 2206.00364, eq. 5, for 18 steps."""
+    i = np.arange(18)
+    expected = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(SigmaProcess().time_at(1 - i / 17), expected, rtol=1e-12)
+    np.testing.assert_allclose(SigmaProcess(rho=0.0).time_at(np.array([0, 0.5, 1])), [0.002, 0.4, 80], rtol=1e-12)
+
+
+def test_given_betas_are_the_schedule() -> None:
+    process = DiscreteProcess("given", num_steps=3, betas=(0.1, 0.2, 1.0))
+    np.testing.assert_allclose(process.alpha(np.arange(3)) ** 2, [0.9, 0.72, 0], atol=1e-15)
+    for arguments in ({"betas": (0.1, 0.2)}, {"betas": (0.1, 0.2, 1.5)}, {"schedule": "linear", "betas": (0.1, 0.2, 0.3)}):
+        with pytest.raises(ValueError, match=r"betas for schedule|0 < start"):
+            DiscreteProcess(**{"schedule": "given", "num_steps": 3} | arguments)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldm_jax.diffusion.grid import make_grid
 from ldm_jax.diffusion.prediction import target
 from ldm_jax.diffusion.process import DiscreteProcess, FlowProcess, Process, expand
-from ldm_jax.diffusion.grid import make_grid
 from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
 
 DISCRETE, FLOW = DiscreteProcess(), FlowProcess()
@@ -176,7 +176,10 @@ def test_zero_terminal_snr_starts_from_pure_noise() -> None:
     np.testing.assert_allclose(found, exact_flow(np.asarray(noise)), atol=3e-3)
 
 
-@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 13), ("ddpm", 13), ("euler", 13), ("heun", 25), ("flow_heun", 25), ("plms", 14), ("unipc", 13)])
+CALLS = {"ddim": 13, "ddpm": 13, "euler": 13, "heun": 25, "flow_heun": 25, "plms": 14, "lms": 13, "dpmpp_3m": 13, "unipc": 13}
+
+
+@pytest.mark.parametrize(("sampler", "calls"), CALLS.items())
 def test_number_of_network_calls(sampler: str, calls: int) -> None:
     seen: list[float] = []
 
@@ -222,7 +225,7 @@ def test_noise_on_the_way_is_independent_of_the_first() -> None:
 
 
 @pytest.mark.parametrize("process", [DISCRETE, FLOW])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "heun"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "flow_heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "unipc"])
 def test_the_last_step_lands_on_x0(process: Process, sampler: str) -> None:
     x0 = jnp.asarray([[0.25, -2.0], [1.0, 0.125]])
     noise, keys = initial_noise(0, jnp.arange(2), (2,)), image_keys(0, jnp.arange(2))
@@ -233,8 +236,8 @@ def test_the_last_step_lands_on_x0(process: Process, sampler: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "dimm"}, "unknown sampler 'dimm': choose one of ddim, ddpm, euler, heun"),
-        ({"spacing": "karass"}, "unknown spacing 'karass': choose one of leading, trailing, linspace"),
+        ({"kind": "dimm"}, "unknown sampler 'dimm': choose one of ddim, ddpm, euler, euler_ancestral, heun, "),
+        ({"spacing": "karass"}, "unknown spacing 'karass': choose one of leading, trailing, linspace, "),
         ({"steps": 0}, "at least 1 step"),
         ({"eta": 1.5}, r"eta must be in \[0, 1\]"),
         ({"kind": "euler", "eta": 0.5}, "sampler 'euler' has no eta"),

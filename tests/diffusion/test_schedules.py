@@ -42,7 +42,7 @@ def test_zero_terminal_snr_keeps_the_first_and_zeroes_the_last() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("lineer", 1000), "unknown schedule 'lineer': choose one of linear, linear_beta, cosine"),
+        (("lineer", 1000), "unknown schedule 'lineer': choose one of linear, linear_beta, sqrt, cosine, given"),
         (("linear", 1), "at least 2 steps"),
         (("linear", 1000, 0.02, 0.01), "start <= end"),
         (("linear_beta", 1000, 0.1, 1.5), "end < 1"),

@@ -58,8 +58,12 @@ CASES = {
     "PLMS": Case("plms", on(diffusers.PNDMScheduler, skip_prk_steps=True, set_alpha_to_one=True)),
     "LMS": Case("lms", on(diffusers.LMSDiscreteScheduler)),
     "Euler": Case("euler", on(diffusers.EulerDiscreteScheduler)),
-    "Euler, karras": Case("euler", on(diffusers.EulerDiscreteScheduler, use_karras_sigmas=True, timestep_spacing="linspace"), spacing="karras"),
-    "Euler, exponential": Case("euler", on(diffusers.EulerDiscreteScheduler, use_exponential_sigmas=True, timestep_spacing="linspace"), spacing="exponential"),
+    "Euler, karras": Case(
+        "euler", on(diffusers.EulerDiscreteScheduler, use_karras_sigmas=True, timestep_spacing="linspace"), spacing="karras"
+    ),
+    "Euler, exponential": Case(
+        "euler", on(diffusers.EulerDiscreteScheduler, use_exponential_sigmas=True, timestep_spacing="linspace"), spacing="exponential"
+    ),
     "Euler, ancestral": Case("euler_ancestral", on(diffusers.EulerAncestralDiscreteScheduler)),
     "Heun": Case("heun", on(diffusers.HeunDiscreteScheduler)),
     "DPM-Solver++ 2M": Case("dpmpp_2m", on(diffusers.DPMSolverMultistepScheduler)),
