@@ -195,19 +195,32 @@ def base() -> ConfigDict:
                 "neighbors": {"enabled": False, "count": 20, "width": 768, "drop_rate": 0.1},
             },
             "diffusion": {
-                "process": "discrete",  # discrete | flow
-                "schedule": "linear",  # discrete: linear (the paper's, in sqrt(beta)) | linear_beta | cosine
+                "process": "discrete",  # discrete | flow | cosine | sigma
+                "schedule": "linear",  # discrete: linear (the paper's, in sqrt(beta)) | linear_beta | sqrt | cosine | given
                 "start": 0.0015,  # discrete: first and last beta
                 "end": 0.0195,
+                "betas": (),  # discrete, given: num_steps of them
+                "zero_terminal_snr": False,  # discrete: rescaled so that no signal is left at the last time
                 "num_steps": 1000,
-                "shift": 1.0,  # flow: resolution shift
-                "prediction": "eps",  # eps | x0 | v | flow
+                "shift": 1.0,  # flow, cosine: resolution shift
+                "sigma_min": 0.002,  # sigma: the noise levels, ...
+                "sigma_max": 80.0,
+                "rho": 7.0,  # ... even in sigma^(1/rho); 0: in log sigma (variance-exploding)
+                "sigma_data": 1.0,  # sigma: standard deviation of the latents
+                "prediction": "eps",  # eps | x0 | v | flow | edm
                 "loss": "l2",  # l1 | l2 | huber
-                "weighting": "none",  # none | min_snr
-                "gamma": 5.0,  # of min_snr
-                "time_sampling": "uniform",  # uniform | stratified | logit_normal
-                "time_mean": 0.0,  # of logit_normal
+                "huber_delta": 1.0,
+                "weighting": "none",  # none | min_snr | soft_min_snr | p2 | edm | sigmoid
+                "gamma": 5.0,  # cap of min_snr and soft_min_snr, exponent of p2
+                "weight_offset": 1.0,  # k of p2, b of sigmoid
+                "vlb_weight": 0.0,  # discrete: weight of the variational bound besides (the paper's original_elbo_weight)
+                "learn_log_variance": False,  # of the loss, one number a noise level: loss/exp(u) + u (the paper's learn_logvar)
+                "offset_noise": 0.0,  # standard deviation of noise that a channel has in common
+                "input_perturbation": 0.0,  # standard deviation of noise that the target does not have
+                "time_sampling": "uniform",  # uniform | stratified | logit_normal | mode | log_normal
+                "time_mean": 0.0,  # of logit_normal, log_normal
                 "time_std": 1.0,
+                "mode_scale": 0.0,  # of mode
             },
             "optimizer": optimizer(),
             "ema": {"decays": (0.9999,)},  # the first is the default for sampling
@@ -218,8 +231,16 @@ def base() -> ConfigDict:
                 "sampler": "ddim",
                 "steps": 50,
                 "guidance": 3.0,
+                "guidance_kind": "cfg",  # cfg | cfg++ | apg
+                "guidance_interval": (),  # the levels of sigma/alpha with guidance, above the first and up to the second; (): all
+                "guidance_rescale": 0.0,
+                "guidance_parallel": 1.0,  # of apg
+                "guidance_radius": 0.0,
+                "guidance_momentum": 0.0,
                 "eta": 0.0,
                 "spacing": "trailing",
+                "churn": 0.0,  # of heun
+                "threshold": "none",  # none | static | dynamic: for pixels
                 "seed": 0,
                 "batch_size": 50,
             },

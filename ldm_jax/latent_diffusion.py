@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,9 +21,10 @@ from ldm_jax.conditioning.conditioner import Arrays, Conditioning
 from ldm_jax.conditioning.conditioners import TextConditioner
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, write_bytes
-from ldm_jax.diffusion.guidance import guided
-from ldm_jax.diffusion.process import Process, make_process
-from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
+from ldm_jax.diffusion.grid import make_grid
+from ldm_jax.diffusion.guidance import autoguided, guided
+from ldm_jax.diffusion.process import PROCESSES, DiscreteProcess, Process, expand, make_process
+from ldm_jax.diffusion.samplers import image_keys, initial_noise, sample, start_of
 from ldm_jax.model_directory import (
     PARTS,
     TOKENIZER,
@@ -39,6 +40,7 @@ from ldm_jax.model_directory import (
 from ldm_jax.nn.autoencoder import Autoencoder, IdentityAutoencoder, KLAutoencoder, VQAutoencoder
 from ldm_jax.nn.dit import DiT
 from ldm_jax.nn.unet import UNet
+from ldm_jax.sampling import Sampling, check_guidance, check_sampler, make_sampling
 from ldm_jax.sharding.mesh import make_mesh, replicated, split_host_arrays
 
 AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": KLAutoencoder, "vq": VQAutoencoder, "identity": IdentityAutoencoder}
@@ -102,31 +104,58 @@ class Denoiser:
         """The raw prediction [B,h,w,c] for x_t at t [B] in the process's units; dropout acts where a key is given."""
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         features = self.process.time_features(t)
+        x_t = x_t * expand(self.process.input_scale(t), x_t).astype(x_t.dtype)
         return apply(self.network, params["denoiser"], x_t, features, **condition, deterministic=dropout_key is None, rngs=rngs)
+
+
+class GenerateInputs(NamedTuple):
+    """What `generate` draws images of.
+
+    Attributes:
+      noise: [B,h,w,c], standard normal.
+      keys: typed PRNG keys [B], for noise on the way.
+      arrays: what the conditioners take.
+      null: what guidance moves away from, None for none.
+      scale: of guidance, a scalar or [B].
+      init: scaled latents [B,h,w,c] to start from, None for pure noise.
+    """
+
+    noise: Any
+    keys: jax.Array
+    arrays: Arrays
+    null: Arrays | None = None
+    scale: Any = 1.0
+    init: Any = None
 
 
 def generate(
     first_stage: FirstStage,
     denoiser: Denoiser,
-    settings: SamplerSettings,
+    sampling: Sampling,
+    weak: Denoiser | None,
     params: Params,
-    noise: jax.Array,
-    arrays: Arrays,
-    null: Arrays,
-    guidance: float | jax.Array,
-    keys: jax.Array | None = None,
+    inputs: GenerateInputs,
 ) -> jax.Array:
     """Noise [B,h,w,c] to images uint8 [B,H,W,3]: conditions once, the sampler's loop, the decoder.
 
-    Pure; the first three arguments are static.
+    Pure; the first four arguments are static. `params` has the parameters of `weak`, which guides where it is given, under "weak".
     """
-    condition, unconditional = denoiser.condition(params, arrays), denoiser.condition(params, null)
-    denoise = guided(partial(denoiser.denoise, params), condition, unconditional, guidance)
-    latents = sample(denoise, denoiser.process, denoiser.prediction, settings, noise, keys)
+    process, prediction, settings = denoiser.process, denoiser.prediction, sampling.sampler
+    condition = denoiser.condition(params, inputs.arrays)
+    denoise: Any = partial(denoiser.denoise, params, condition=condition)
+    if weak is not None:
+        other = partial(weak.denoise, params["weak"], condition=weak.condition(params["weak"], inputs.arrays))
+        denoise = autoguided(denoise, other, inputs.scale, sampling.guidance, process, prediction)
+    elif inputs.null is not None:
+        grid = make_grid(process, settings.spacing, settings.steps).after(0 if inputs.init is None else start_of(settings))
+        null = denoiser.condition(params, inputs.null)
+        denoise = partial(denoiser.denoise, params)
+        denoise = guided(denoise, condition, null, inputs.scale, sampling.guidance, process, prediction, grid, settings.eta)
+    latents = sample(denoise, process, prediction, settings, inputs.noise, inputs.keys, inputs.init)
     return to_uint8(first_stage.decode(params["first_stage"], latents))
 
 
-generate_jit = jax.jit(generate, static_argnums=(0, 1, 2))
+generate_jit = jax.jit(generate, static_argnums=(0, 1, 2, 3))
 
 
 def to_float(images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -170,9 +199,10 @@ def build_autoencoder(group: Mapping[str, Any], dtype: Any) -> Autoencoder:
 
 def build_process(group: Mapping[str, Any]) -> Process:
     """The process of a `diffusion` group. Raises UserError."""
-    names = {"discrete": ("schedule", "start", "end", "num_steps"), "flow": ("shift",)}.get(group["process"], ())
+    known = {field.name for field in fields(PROCESSES.get(group["process"], DiscreteProcess))}
+    settings = {name: tuple(group[name]) if name == "betas" else group[name] for name in known if name in group}
     try:
-        return make_process(group["process"], **{name: group[name] for name in names})
+        return make_process(group["process"], **settings)
     except ValueError as error:
         raise UserError(f"diffusion.process: {error}") from error
 
@@ -257,7 +287,7 @@ class LatentDiffusion:
         self,
         num: int | None = None,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
         sampler: str | None = None,
         seed: int | None = None,
         negative: str | None = None,
@@ -265,15 +295,25 @@ class LatentDiffusion:
         eta: float | None = None,
         spacing: str | None = None,
         batch_size: int | None = None,
+        guidance_kind: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_rescale: float | None = None,
+        init_images: np.ndarray | None = None,
+        strength: float | None = None,
+        weak: "LatentDiffusion | None" = None,
         **inputs: Sequence[Any],
     ) -> np.ndarray:
         """Draws images, uint8 [N,H,W,3]. What is not given is the model's own default (`info["sample"]`).
 
         Args:
           num: images; by default one for each input. One input is repeated `num` times.
-          guidance: scale of classifier-free guidance, 1 is none.
+          guidance: scale of guidance, 1 is none; a number, or one for each image.
           negative: a prompt to move away from, in place of the empty one.
           prompts: one text an image.
+          guidance_kind, guidance_interval, guidance_rescale: see `diffusion.guidance.Guidance`.
+          init_images: uint8 [N or 1,H,W,3] of the training resolution, to start from; then `strength` in (0, 1] is needed, the share of
+            the steps that are run.
+          weak: a weaker model of the same latents and conditions, which guidance moves away from instead (autoguidance).
           **inputs: what the model's conditioners take, by their names, one an image: `label`, `boxes`, `segmentation`, ...
 
         Image i depends on (seed, i, its inputs) alone, not on the batch it is drawn in.
@@ -285,38 +325,67 @@ class LatentDiffusion:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
         defaults = self.info["sample"]
-        settings = _sampler_settings(defaults, steps, sampler, eta, spacing)
+        asked = {"guidance_kind": guidance_kind, "guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
+        if (init_images is None) != (strength is None):
+            raise UserError("init_images and strength go together: pictures to start from, and the share of the steps that are run")
+        if weak is not None and (negative is not None or guidance_kind == "cfg++"):
+            raise UserError("with a weak model, guidance moves away from it: neither a negative prompt nor cfg++ has a meaning")
+        own = {"steps": steps, "sampler": sampler, "eta": eta, "spacing": spacing, "strength": strength}
+        sampling = make_sampling(defaults, **own, **asked)
+        check_sampler(sampling.sampler, denoiser.process, denoiser.prediction)
         given, total = self._inputs(inputs if prompts is None else {**inputs, "text": prompts}, num, negative)
-        guidance = float(defaults["guidance"] if guidance is None else guidance)
+        scale = _scale(defaults["guidance"] if guidance is None else guidance, total)
+        check_guidance(sampling, scale, asked, weak is not None or bool(denoiser.conditioning.conditioners))
+        init = None if init_images is None else self._init_latents(init_images, total)
         seed = defaults["seed"] if seed is None else seed
         size = min(batch_size or defaults["batch_size"], total)
         size = -(-size // self.mesh.size) * self.mesh.size  # every device has as many
         images = []
         for start in range(0, total, size):
             index = np.minimum(np.arange(start, start + size), total - 1)  # the last batch is filled up, so that one program serves all
-            try:
-                arrays = denoiser.conditioning.prepare({name: [values[i] for i in index] for name, values in given.items()})
-            except ValueError as error:
-                raise UserError(f"cannot sample: {error}") from error
-            null = denoiser.conditioning.unconditional(arrays)
-            if negative is not None:
-                null |= denoiser.conditioning.prepare({"text": [negative] * size}, only="text")
-            images.append(self._draw(denoiser, settings, seed, index, arrays, null, guidance)[: total - start])
+            arrays = denoiser.conditioning.prepare({name: [values[i] for i in index] for name, values in given.items()})
+            null = None
+            if weak is None and not (isinstance(scale, float) and scale == 1 and sampling.guidance.kind != "cfg++"):
+                null = denoiser.conditioning.unconditional(arrays)
+                if negative is not None:
+                    null |= denoiser.conditioning.prepare({"text": [negative] * size}, only="text")
+            noise = np.asarray(initial_noise(seed, index, self.latent_shape))
+            scales = scale if isinstance(scale, float) else scale[index]
+            starts = None if init is None else init[index]
+            drawn = GenerateInputs(noise, image_keys(seed, index), arrays, null, scales, starts)
+            images.append(self._draw(sampling, drawn, weak)[: total - start])
         return np.concatenate(images)
 
-    def _draw(
-        self, denoiser: Denoiser, settings: SamplerSettings, seed: int, index: np.ndarray, arrays: Arrays, null: Arrays, guidance: float
-    ) -> np.ndarray:
-        noise = initial_noise(seed, index, self.latent_shape)
-        split = split_host_arrays({"arrays": arrays, "null": null, "noise": np.asarray(noise)}, self.mesh)
+    def _draw(self, sampling: Sampling, inputs: GenerateInputs, weak: "LatentDiffusion | None") -> np.ndarray:
+        per_image = {name: value for name, value in inputs._asdict().items() if name != "keys" and not isinstance(value, float | None)}
+        inputs = inputs._replace(**split_host_arrays(per_image, self.mesh))
+        denoiser, other, params = self._needs_denoiser(), None, self.params
+        if weak is not None:
+            other, params = weak.weak_for(self), {**self.params, "weak": weak.params}
         try:
-            keys = image_keys(seed, index)
-            images = generate_jit(
-                self.first_stage, denoiser, settings, self.params, split["noise"], split["arrays"], split["null"], guidance, keys
-            )
+            return np.asarray(jax.device_get(generate_jit(self.first_stage, denoiser, sampling, other, params, inputs)))
         except ValueError as error:
             raise UserError(f"cannot sample: {error}") from error
-        return np.asarray(jax.device_get(images))
+
+    def weak_for(self, model: "LatentDiffusion") -> Denoiser:
+        """This model's denoiser, to guide another of the same latents. Raises UserError where it is not of them."""
+        ours, theirs = self._needs_denoiser(), model._needs_denoiser()
+        names = [[c.name for c in d.conditioning.conditioners] for d in (ours, theirs)]
+        if self.latent_shape != model.latent_shape or names[0] != names[1]:
+            raise UserError(
+                f"the weak model has latents {self.latent_shape} and conditions {names[0]}, this one {model.latent_shape} and {names[1]}"
+            )
+        if (ours.process, ours.prediction) != (theirs.process, theirs.prediction):
+            raise UserError("the weak model has another diffusion process or prediction than this one")
+        return ours
+
+    def _init_latents(self, images: np.ndarray, total: int) -> np.ndarray:
+        """Scaled latents [total,h,w,c] of pictures to start from."""
+        side = self.info["resolution"]
+        if images.ndim != 4 or images.shape[1:] != (side, side, 3) or len(images) not in (1, total):
+            raise UserError(f"init_images must be [1 or {total},{side},{side},3], not {list(images.shape)}")
+        latents = self.encode(images)
+        return latents if len(latents) == total else np.repeat(latents, total, axis=0)
 
     def _inputs(self, inputs: dict[str, Any], num: int | None, negative: str | None) -> tuple[dict[str, Sequence[Any]], int]:
         """What each conditioner is given, one for each image, and the number of images."""
@@ -357,16 +426,13 @@ class LatentDiffusion:
                     write_bytes(root / "conditioner" / TOKENIZER, c.tokenizer.to_json().encode())
 
 
-def _sampler_settings(
-    defaults: Mapping[str, Any], steps: int | None, kind: str | None, eta: float | None, spacing: str | None
-) -> SamplerSettings:
-    if eta is None:
-        eta = defaults["eta"] if kind is None else 0.0  # the stored eta belongs to the stored sampler
-    steps = defaults["steps"] if steps is None else steps
-    try:
-        return SamplerSettings(kind or defaults["sampler"], steps, eta, spacing or defaults["spacing"])
-    except ValueError as error:
-        raise UserError(f"cannot sample: {error}") from error
+def _scale(guidance: float | Sequence[float], total: int) -> float | np.ndarray:
+    """One number, or one for each of `total` images. Raises UserError."""
+    if isinstance(guidance, float | int):
+        return float(guidance)
+    if len(guidance) != total:
+        raise UserError(f"{len(guidance)} guidance scales for {total} images: give one, or one for each image")
+    return np.asarray(guidance, np.float32)
 
 
 def init_autoencoder(network: Autoencoder, key: jax.Array, resolution: int) -> Params:

@@ -4,6 +4,7 @@ python -m ldm_jax.sample --model DIR --output DIR [--prompt TEXT] [--label CLASS
 """
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from ldm_jax import cli
@@ -20,7 +21,13 @@ def parser() -> cli.Parser:
     p.add_argument("--label", "--class", type=int, nargs="+", metavar="CLASS", help="a class for all images, or one for each, from 0")
     p.add_argument("--num", type=int, help="images (default: one for each prompt or class)")
     p.add_argument("--steps", type=int)
-    p.add_argument("--guidance", type=float)
+    p.add_argument("--guidance", type=float, nargs="+", help="scale, 1 is none; one number, or one for each image")
+    p.add_argument("--guidance-kind", choices=("cfg", "cfg++", "apg"))
+    p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="levels of sigma/alpha that are guided")
+    p.add_argument("--guidance-rescale", type=float, help="0 to 1: how far the result's deviation is brought back")
+    p.add_argument("--weak", help="a work or model directory: a weaker model to move away from (autoguidance)")
+    p.add_argument("--init-image", help="a picture to start from; needs --strength")
+    p.add_argument("--strength", type=float, help="in (0, 1]: the share of the steps that are run from --init-image")
     p.add_argument("--sampler")
     p.add_argument("--spacing")
     p.add_argument("--eta", type=float)
@@ -68,6 +75,17 @@ def captions_of(prompts: list[str] | None, labels: list[int] | None, num: int) -
     return [", ".join(line) for line in zip(*lines, strict=True)] or None
 
 
+def read_image(file: str, side: int) -> Any:
+    """A picture, cropped to a square and resized to that side: uint8 [side,side,3]. Raises UserError."""
+    from ldm_jax.data.sources import BROKEN, decode_image
+    from ldm_jax.data.transforms import center_crop
+
+    try:
+        return center_crop(decode_image(Path(file)), side)
+    except BROKEN as error:
+        raise UserError(f"cannot read the picture {file}: {error}") from error
+
+
 def main() -> int:
     args = parser().parse_args()
     prompts = read_prompts(args.prompt, args.prompts_file)
@@ -80,13 +98,18 @@ def main() -> int:
     from ldm_jax.training.preview import png_bytes, save_grid
 
     model = ldm_jax.load(args.model, args.step, args.ema, args.dtype)
-    names = ("num", "steps", "guidance", "sampler", "seed", "negative", "eta", "spacing", "batch_size")
+    names = ["num", "steps", "sampler", "seed", "negative", "eta", "spacing", "batch_size", "strength"]
+    names += ["guidance_kind", "guidance_interval", "guidance_rescale"]
+    guidance = args.guidance[0] if args.guidance and len(args.guidance) == 1 else args.guidance
+    weak = ldm_jax.load(args.weak, dtype=args.dtype) if args.weak else None
+    init = read_image(args.init_image, model.info["resolution"])[None] if args.init_image else None
     if model.denoiser is not None:
         check_inputs(
             [c.name for c in model.denoiser.conditioning.conditioners],
             inputs | ({"text": args.negative} if args.negative is not None else {}),
         )
-    images = model.sample(**inputs, **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in names}
+    images = model.sample(**inputs, **options, guidance=guidance, weak=weak, init_images=init)
     output = epath.Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ FLOORS = {
     "sharding": 2,
     "model_directory": 2,
     "presets": 2,
+    "sampling": 2,
     "latent_diffusion": 3,
     "interop": 4,
     "evaluation": 5,

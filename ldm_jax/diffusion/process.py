@@ -94,11 +94,17 @@ class _Common:
         return namespace.ones_like(t)
 
 
-class _UnitTime(_Common):
-    """Continuous time in [0, 1], clean at 0."""
+class _Continuous(_Common):
+    """Continuous time, clean at 0."""
 
-    t_min, t_max, t_clean = 0.0, 1.0, 0.0
+    t_clean = 0.0
     num_times: int | None = None
+
+
+class _UnitTime(_Continuous):
+    """Continuous time in [0, 1]."""
+
+    t_min, t_max = 0.0, 1.0
 
     def time_features(self, t: Array) -> Array:
         return 1000 * _floating(t)[1]
@@ -271,7 +277,7 @@ class CosineProcess(_UnitTime):
 
 
 @dataclass(frozen=True)
-class SigmaProcess(_Common):
+class SigmaProcess(_Continuous):
     """Variance-exploding: x_t = x_0 + t eps, where the time is sigma itself (Karras et al., arXiv 2206.00364).
 
     Attributes:
@@ -300,9 +306,6 @@ class SigmaProcess(_Common):
     def t_max(self) -> float:
         return self.sigma_max
 
-    t_clean = 0.0
-    num_times: int | None = None
-
     def alpha(self, t: Array) -> Array:
         namespace, t = _floating(t)
         return namespace.ones_like(t)
@@ -316,9 +319,11 @@ class SigmaProcess(_Common):
     def time_at(self, fraction: Array) -> Array:
         namespace, fraction = _floating(fraction)
         if self.rho == 0:
-            return self.sigma_min * namespace.exp(fraction * np.log(self.sigma_max / self.sigma_min))
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (low + fraction * (high - low)) ** self.rho
+            t = self.sigma_min * namespace.exp(fraction * np.log(self.sigma_max / self.sigma_min))
+        else:
+            low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+            t = (low + fraction * (high - low)) ** self.rho
+        return namespace.clip(t, self.sigma_min, self.sigma_max)  # rounding
 
     def fraction_of(self, t: Array) -> Array:
         namespace, t = _floating(t)

@@ -161,7 +161,8 @@ def trajectory(
     options = Options(
         SOLVERS[settings.kind].eta or settings.eta, settings.churn, settings.churn_min, settings.churn_max, settings.churn_noise
     )
-    table = SOLVERS[settings.kind].table(process, grid, options)
+    with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is found below
+        table = SOLVERS[settings.kind].table(process, grid, options)
     _check_determined(process, prediction, settings, table)
     dtype = jnp.promote_types(noise.dtype, jnp.float32)
     if not np.any(table.noise > 0) and known is None:

@@ -77,7 +77,7 @@ def build_networks(
         conditioning[name] |= {"enabled": True, **group}
     diffusion = defaults.diffusion.to_dict() | architecture.diffusion
     guided = any(conditioning[name]["enabled"] for name in ("text", "label", "neighbors"))
-    ours = {"spacing": "leading", "guidance": 5.0 if guided else 1.0, "batch_size": 8}
+    ours = {"spacing": "legacy_ldm", "guidance": 5.0 if guided else 1.0, "batch_size": 8}
     sample = defaults.sample.to_dict() | ours | architecture.sample
     network = first_stage.network
     about = Model(architecture.resolution, network.factor, network.latent_channels, jnp.float32, tokenizer)

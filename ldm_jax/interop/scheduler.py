@@ -8,7 +8,8 @@ from ldm_jax.diffusion.schedules import make_betas
 
 _SCHEDULES = {"scaled_linear": "linear", "linear": "linear_beta", "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-_REFUSED = ("trained_betas", "rescale_betas_zero_snr", "thresholding", "use_dynamic_shifting", "invert_sigmas")
+_REFUSED = ("trained_betas", "thresholding", "use_dynamic_shifting", "invert_sigmas")
+_LEGACY = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}  # what 'legacy_ldm' is there
 _KEPT = ("steps_offset", "set_alpha_to_one")
 
 
@@ -48,8 +49,10 @@ def from_scheduler(config: Mapping[str, Any]) -> Scheduler:
         "end": ends[1],
         "num_steps": int(config.get("num_train_timesteps", 1000)),
         "prediction": _PREDICTIONS[prediction],
+        "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
     }
-    sample = {"sampler": "ddim", "spacing": config.get("timestep_spacing", "leading")}
+    legacy = all(config.get(name, "leading" if name == "timestep_spacing" else None) == value for name, value in _LEGACY.items())
+    sample = {"sampler": "ddim", "spacing": "legacy_ldm" if legacy else config.get("timestep_spacing", "leading")}
     clips = ["the scheduler clips what it predicts of the latents (clip_sample), no sampler here does"] if config.get("clip_sample") else []
     return Scheduler(diffusion, sample, {name: config[name] for name in _KEPT if name in config}, clips)
 
@@ -70,6 +73,8 @@ def to_scheduler(diffusion: Mapping[str, Any], sample: Mapping[str, Any], kept: 
         raise UserError(f"diffusers has no schedule {diffusion['schedule']!r} with prediction {diffusion['prediction']!r}")
     if sample["spacing"] == "linspace":
         raise UserError("diffusers' DDIMScheduler steps past the times that sample.spacing=linspace visits: take trailing or leading")
+    if sample["spacing"] in ("karras", "exponential"):
+        raise UserError(f"diffusers' DDIMScheduler has no spacing {sample['spacing']!r}: take trailing, leading or legacy_ldm")
     return {
         "_class_name": "DDIMScheduler",
         "beta_schedule": schedules[diffusion["schedule"]],
@@ -80,6 +85,8 @@ def to_scheduler(diffusion: Mapping[str, Any], sample: Mapping[str, Any], kept: 
         "steps_offset": 0,
         "set_alpha_to_one": True,
         "clip_sample": False,
+        "rescale_betas_zero_snr": diffusion.get("zero_terminal_snr", False),
+        **(_LEGACY if sample["spacing"] == "legacy_ldm" else {}),
         **{name: kept[name] for name in _KEPT if name in kept},
     }
 

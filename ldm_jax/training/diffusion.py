@@ -14,12 +14,13 @@ from ldm_jax.config import UserError
 from ldm_jax.data.latents import LatentCache
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.data.sources import Source
-from ldm_jax.diffusion.losses import DiffusionLoss, TimeSampling, bucketed, noised, per_example, sample_times
-from ldm_jax.diffusion.process import Process
-from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
+from ldm_jax.diffusion.losses import DiffusionLoss, bucketed, loss_weight, noised, per_example, training_noise
+from ldm_jax.diffusion.samplers import image_keys, initial_noise
+from ldm_jax.diffusion.times import TimeSampling, sample_times
 from ldm_jax.latent_diffusion import (
     Denoiser,
     FirstStage,
+    GenerateInputs,
     LatentDiffusion,
     Params,
     build_denoiser,
@@ -28,18 +29,21 @@ from ldm_jax.latent_diffusion import (
     to_float,
 )
 from ldm_jax.model_directory import check_shapes
+from ldm_jax.sampling import Sampling, check_guidance, check_sampler, make_sampling
 from ldm_jax.training import optimizer
 from ldm_jax.training import state as states
 from ldm_jax.training.state import Metrics, State, key_for
 
 TIME_BUCKETS = 4
+LOG_VARIANCES = 1000  # numbers that `diffusion.learn_log_variance` learns where time is continuous
 
 
 def build_loss(group: ConfigDict) -> DiffusionLoss:
     """The loss of a `diffusion` group. Raises UserError."""
     try:
-        times = TimeSampling(group.time_sampling, group.time_mean, group.time_std)
-        return DiffusionLoss(prediction=group.prediction, loss=group.loss, weighting=group.weighting, gamma=group.gamma, times=times)
+        times = TimeSampling(group.time_sampling, group.time_mean, group.time_std, group.mode_scale)
+        names = ("prediction", "loss", "weighting", "gamma", "weight_offset", "vlb_weight", "huber_delta")
+        return DiffusionLoss(times=times, **{name: group[name] for name in names})
     except ValueError as error:
         raise UserError(f"diffusion: {error}") from error
 
@@ -73,7 +77,11 @@ class DiffusionStage:
         channels = first_stage.network.latent_channels
         self.denoiser: Denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, channels, self.dtype)
         self.loss = build_loss(config.diffusion)
-        self.sampler = build_sampler(config.sample, self.denoiser.process, self.denoiser.prediction)
+        try:
+            loss_weight(self.denoiser.process, self.loss, jnp.zeros(1))
+        except ValueError as error:
+            raise UserError(f"diffusion: {error}") from error
+        self.sampling = build_sampling(config.sample, self.denoiser)
         size = config.data.resolution // first_stage.network.factor
         self.latent_shape = (size, size, channels)
         frozen = {c.name for c in conditioning.conditioners if getattr(c, "frozen", False)}
@@ -95,6 +103,8 @@ class DiffusionStage:
     def init(self, key: jax.Array) -> State:
         """A fresh state; pure."""
         params = states.cast(self.denoiser.init(key, self.latent_shape), self.dtype)
+        if self.config.diffusion.learn_log_variance:
+            params["log_variance"] = jnp.zeros(self.denoiser.process.num_times or LOG_VARIANCES)
         return states.create(params, self.optimizers, ("denoiser", "conditioner"), tuple(self.config.ema.decays))
 
     def batches(self, **kwargs: Any) -> Batches:
@@ -117,12 +127,14 @@ class DiffusionStage:
         dropout = key_for(root, "dropout", state.step) if self.config.denoiser.dropout else None
 
         def loss(params: Params, part: Any) -> tuple[jax.Array, Metrics]:
-            x0, eps, t, arrays = part
-            condition = self.denoiser.condition(params, arrays)
-            x_t = noised(self.denoiser.process, x0, eps, t)
+            x0, eps, in_state, t, arrays = part
+            condition, fraction = self.denoiser.condition(params, arrays), self.denoiser.process.fraction_of(t)
+            x_t = noised(self.denoiser.process, x0, in_state, t)
             pred = self.denoiser.denoise(params, x_t, t, condition, dropout)
             each = per_example(self.denoiser.process, self.loss, pred, x0, eps, t)
-            sums, counts = bucketed(each, self.denoiser.process.fraction_of(t), TIME_BUCKETS)
+            sums, counts = bucketed(each, fraction, TIME_BUCKETS)
+            if "log_variance" in params:
+                each = with_log_variance(each, params["log_variance"], fraction)
             return each.mean(), {"sums": sums, "counts": counts.astype(sums.dtype)}
 
         def one(part: Any) -> Any:
@@ -136,8 +148,8 @@ class DiffusionStage:
 
     def _draw(
         self, step: jax.Array, batch: Mapping[str, jax.Array], frozen: Params, root: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(x_0, eps, t) of the global batch."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(x_0, eps, the noise that is in x_t, t) of the global batch."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         if "moments" in batch:
             moments = batch["moments"].astype(wide)
@@ -145,9 +157,10 @@ class DiffusionStage:
             images = to_float(batch["image"], wide)
             moments = jax.lax.stop_gradient(self.first_stage.moments(frozen, images)).astype(wide)
         x0 = self.first_stage.latents(moments, key_for(root, "posterior", step))
-        eps = jax.random.normal(key_for(root, "noise", step), x0.shape, wide)
+        group = self.config.diffusion
+        eps, in_state = training_noise(key_for(root, "noise", step), x0.shape, wide, group.offset_noise, group.input_perturbation)
         t = sample_times(self.loss.times, self.denoiser.process, key_for(root, "time", step), x0.shape[0])
-        return x0, eps, t.astype(wide)
+        return x0, eps, in_state, t.astype(wide)
 
     @cached_property
     def preview_inputs(self) -> dict[str, list[Any]]:
@@ -172,8 +185,10 @@ class DiffusionStage:
             null = conditioning.unconditional(arrays)
             seed = self.config.sample.seed
             noise, keys = initial_noise(seed, index, self.latent_shape), image_keys(seed, index)
-            guidance = self.config.sample.guidance
-            images = generate_jit(self.first_stage, self.denoiser, self.sampler, params, noise, arrays, null, guidance, keys)
+            guidance = float(self.config.sample.guidance)
+            plain = guidance == 1 and self.sampling.guidance.kind != "cfg++"
+            drawn = GenerateInputs(noise, keys, arrays, None if plain else null, guidance)
+            images = generate_jit(self.first_stage, self.denoiser, self.sampling, None, params, drawn)
             return np.asarray(images), 8, inputs.get("text")
 
     def model(self, params: Params, info: dict[str, Any]) -> LatentDiffusion:
@@ -181,15 +196,21 @@ class DiffusionStage:
         return LatentDiffusion(self.first_stage, self.denoiser, {"first_stage": self.first_stage_params, **params}, info)
 
 
-def build_sampler(group: ConfigDict, process: Process, prediction: str) -> SamplerSettings:
-    """The settings of a `sample` group, checked against process and prediction by a trace. Raises UserError."""
-    try:
-        settings = SamplerSettings(group.sampler, group.steps, group.eta, group.spacing)
-        noise = jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)
-        jax.eval_shape(lambda x: sample(lambda x_t, t: x_t, process, prediction, settings, x, image_keys(0, jnp.arange(1))), noise)
-    except ValueError as error:
-        raise UserError(f"sample: {error}") from error
-    return settings
+def build_sampling(group: ConfigDict, denoiser: Denoiser) -> Sampling:
+    """The settings of a `sample` group, checked against the model that is sampled. Raises UserError."""
+    sampling = make_sampling(group)
+    check_guidance(sampling, group.guidance, {}, bool(denoiser.conditioning.conditioners))
+    check_sampler(sampling.sampler, denoiser.process, denoiser.prediction)
+    return sampling
+
+
+def with_log_variance(loss: jax.Array, table: jax.Array, fraction: jax.Array) -> jax.Array:
+    """The likelihood of errors whose log-variance u is learned for each noise level, loss/exp(u) + u: [B] to [B].
+
+    `table` [n] holds u for equal parts of `fraction` [B] in [0, 1] (the paper's code, learn_logvar; EDM2, arXiv 2312.02696, eq. 21).
+    """
+    u = table[jnp.clip((fraction * len(table)).astype(jnp.int32), 0, len(table) - 1)]
+    return loss / jnp.exp(u) + u
 
 
 def caption(source: Any, index: int) -> str:

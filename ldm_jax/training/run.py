@@ -39,7 +39,7 @@ from ldm_jax.sharding.mesh import check_batch, make_mesh
 from ldm_jax.training import loop, optimizer
 from ldm_jax.training.autoencoder import AutoencoderStage, reconstructions
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampler, caption
+from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampling, caption
 from ldm_jax.training.encode import Encoder, ensure_cache, latent_scale, latent_statistics
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoenc
     conditioning = build_conditioning(config.conditioning.to_dict(), about)
     denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, autoencoder.latent_channels, dtype)
     build_loss(config.diffusion)
-    build_sampler(config.sample, denoiser.process, denoiser.prediction)
+    build_sampling(config.sample, denoiser)
     optimizer.from_config(config.optimizer, config.train.steps)
     try:
         params = abstract_params(FirstStage(autoencoder), denoiser, config.data.resolution)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm_jax.diffusion import schedules
@@ -60,7 +60,7 @@ def test_fractions_cover_the_times(process: Process) -> None:
     fraction = jnp.linspace(0, 1, 5001)
     t = process.time_at(fraction)
     assert t.dtype == jnp.float32
-    assert float(t[0]) == process.t_min and float(t[-1]) == process.t_max
+    np.testing.assert_allclose(t[jnp.asarray([0, -1])], [process.t_min, process.t_max], rtol=1e-6)
     assert bool(jnp.all(jnp.diff(t) >= 0))
     np.testing.assert_allclose(process.time_at(process.fraction_of(t)), t, rtol=1e-5)
     if process.num_times:
@@ -116,6 +116,7 @@ def test_make_process() -> None:
 
 
 @pytest.mark.parametrize("process", ALL)
+@settings(deadline=None)  # the first example compiles
 @given(position=st.floats(0.001, 0.999))
 def test_the_time_of_a_ratio_is_where_that_ratio_is(process: Process, position: float) -> None:
     t = process.t_min + position * (process.t_max - process.t_min)

@@ -88,7 +88,7 @@ def save(path: Path, what: Architecture, scale: float = 0.7) -> Path:
 def floats(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Samples are what the decoder gives, and are not rounded."""
     monkeypatch.setattr(latent_diffusion, "to_uint8", lambda images: images)
-    monkeypatch.setattr(latent_diffusion, "generate_jit", jax.jit(lambda *a: latent_diffusion.generate(*a), static_argnums=(0, 1, 2)))
+    monkeypatch.setattr(latent_diffusion, "generate_jit", jax.jit(lambda *a: latent_diffusion.generate(*a), static_argnums=(0, 1, 2, 3)))
     return monkeypatch
 
 

@@ -1,0 +1,187 @@
+"""Starting from data, holes, thresholds, states on the way, inversion, and invariances of every sampler."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm_jax.diffusion.grid import SPACINGS, make_grid
+from ldm_jax.diffusion.process import CosineProcess, DiscreteProcess, FlowProcess, SigmaProcess
+from ldm_jax.diffusion.samplers import Known, SamplerSettings, image_keys, initial_noise, invert, sample, trajectory
+from ldm_jax.diffusion.solvers import SOLVERS
+
+DISCRETE = DiscreteProcess()
+NOISE, KEYS = initial_noise(0, jnp.arange(4), (3, 3, 2)), image_keys(0, jnp.arange(4))
+DATA = 0.5 * jax.random.normal(jax.random.key(9), NOISE.shape)
+
+
+def network(x: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.tanh(1.3 * x + 0.2 * jnp.cos(t / 100).reshape(-1, *(1,) * (x.ndim - 1)))
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_an_image_depends_on_its_own_index_alone(kind: str) -> None:
+    config = SamplerSettings(kind, 5)
+
+    @jax.jit
+    def draw(indices: jax.Array) -> jax.Array:
+        return sample(network, DISCRETE, "eps", config, initial_noise(3, indices, (3, 3, 2)), image_keys(3, indices))
+
+    together = draw(jnp.arange(6))
+    apart = jnp.concatenate([draw(jnp.arange(3)), draw(jnp.arange(3, 6))])
+    np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-4 * float(jnp.abs(together).max()))
+    np.testing.assert_allclose(draw(jnp.asarray([4])), together[4:5], rtol=1e-4, atol=1e-4 * float(jnp.abs(together).max()))
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_it_is_one_scan(kind: str) -> None:
+    """One trace of the network, whatever the steps and the solver."""
+    config = SamplerSettings(kind, 9)
+    equations = jax.make_jaxpr(lambda x: sample(network, DISCRETE, "eps", config, x, KEYS))(NOISE).eqns
+    scans = [equation for equation in equations if equation.primitive.name == "scan"]
+    assert len(scans) == 1 and scans[0].params["length"] in (9, 10, 17)
+    inner = str(scans[0].params["jaxpr"])
+    assert inner.count(" tanh ") == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.integers(1, 998), spacing=st.sampled_from(list(SPACINGS)))
+def test_every_grid_descends_and_has_its_steps(steps: int, spacing: str) -> None:
+    grid = make_grid(DISCRETE, spacing, steps)
+    assert grid.steps == steps and np.all(np.diff(grid.t) < 0)
+    assert grid.t[0] <= 999 and grid.t[-1] == (0 if spacing == "legacy_ldm" else -1)
+
+
+@pytest.mark.parametrize("process", [DISCRETE, SigmaProcess()])
+def test_karras_and_exponential_grids_are_even_in_their_measure(process: DiscreteProcess | SigmaProcess) -> None:
+    for spacing, measure in (("karras", lambda r: r ** (1 / 7)), ("exponential", np.log)):
+        grid = make_grid(process, spacing, 12)
+        steps = np.diff(measure(grid.ratio[:-1]))
+        np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+        assert grid.t[0] == pytest.approx(process.t_max) and grid.t[-2] == pytest.approx(process.t_min, abs=1e-9)
+    with pytest.raises(ValueError, match="need noise between 0 and infinity"):
+        make_grid(FlowProcess(), "karras", 5)
+
+
+def test_the_legacy_grid_is_the_published_code() -> None:
+    grid = make_grid(DISCRETE, "legacy_ldm", 50)
+    np.testing.assert_array_equal(grid.t[:-1], (np.arange(0, 1000, 20) + 1)[::-1])
+    assert grid.alpha[-1] == DISCRETE.alpha(0.0)
+    with pytest.raises(ValueError, match="visits time 1000"):
+        make_grid(DISCRETE, "legacy_ldm", 1000)
+
+
+def test_from_data_only_the_last_steps_are_run() -> None:
+    """What is left of the grid from there is what a sampler on that grid does; all of it is a start at the first level."""
+    config = SamplerSettings("ddim", 10, strength=0.3)
+    grid = make_grid(DISCRETE, "trailing", 10)
+    x = grid.alpha[7] * DATA + grid.sigma[7] * NOISE
+    for i in (7, 8, 9):
+        eps = network(x, jnp.full(4, grid.t[i]))
+        x = grid.alpha[i + 1] * (x - grid.sigma[i] * eps) / grid.alpha[i] + grid.sigma[i + 1] * eps
+    found = trajectory(network, DISCRETE, "eps", config, NOISE, init=DATA, record_every=1)
+    np.testing.assert_allclose(found.x0, x, rtol=1e-4, atol=1e-5)
+    assert len(found.states) == 3
+    with pytest.raises(ValueError, match="without data to start from"):
+        sample(network, DISCRETE, "eps", config, NOISE)
+    with pytest.raises(ValueError, match=r"strength must be in \(0, 1\]"):
+        SamplerSettings(strength=0.0)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "heun", "plms", "unipc"])
+def test_states_on_the_way_are_those_of_every_k_th_step(kind: str) -> None:
+    config = SamplerSettings(kind, 7)
+    every = trajectory(network, DISCRETE, "eps", config, NOISE, record_every=1)
+    third = trajectory(network, DISCRETE, "eps", config, NOISE, record_every=3)
+    assert every.states.shape == (7, *NOISE.shape) and third.states.shape == (2, *NOISE.shape)
+    np.testing.assert_allclose(third.states, every.states[jnp.asarray([2, 5])], rtol=1e-5, atol=1e-5)
+    if kind == "ddim":  # a predictor's last state is the sample, a corrector's too
+        np.testing.assert_array_equal(every.states[-1], every.x0)
+    assert trajectory(network, DISCRETE, "eps", config, NOISE).states.shape[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dpmpp_2m", "heun"])
+def test_outside_the_hole_the_data_stay(kind: str) -> None:
+    hole = jnp.zeros((4, 3, 3, 1)).at[:, 1, :].set(1)
+    config = SamplerSettings(kind, 6)
+    found = sample(network, DISCRETE, "eps", config, NOISE, KEYS, known=Known(DATA, hole))
+    outside = jnp.broadcast_to(hole == 0, DATA.shape)
+    np.testing.assert_array_equal(found[outside], DATA[outside])
+    other = sample(network, DISCRETE, "eps", config, NOISE, KEYS, known=Known(DATA + 1, hole))
+    inside = ~outside
+    assert float(jnp.abs(found[inside] - DATA[inside]).max()) > 0.1
+    np.testing.assert_array_equal(found[inside], other[inside])  # this network sees one pixel at a time
+    with pytest.raises(ValueError, match="give keys"):
+        sample(network, DISCRETE, "eps", config, NOISE, known=Known(DATA, hole))
+
+
+def test_the_known_part_has_the_noise_of_its_level() -> None:
+    seen: list[np.ndarray] = []
+
+    def watching(x: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda x, t: seen.append((float(t[0]), np.asarray(x))), x, t)
+        return network(x, t)
+
+    noise, keys = initial_noise(0, jnp.arange(4000), (2,)), image_keys(0, jnp.arange(4000))
+    known = Known(jnp.full((4000, 2), 2.0), jnp.asarray([[0.0, 1.0]]))
+    sample(watching, DISCRETE, "eps", SamplerSettings("ddim", 4), noise, keys, known=known).block_until_ready()
+    jax.effects_barrier()
+    assert len(seen) == 4
+    for t, x in seen:
+        alpha, sigma = float(DISCRETE.alpha(t)), float(DISCRETE.sigma(t))
+        assert abs(x[:, 0].mean() - 2 * alpha) < 4 * sigma / 4000**0.5 and x[:, 0].std() == pytest.approx(sigma, rel=0.06)
+
+
+def test_thresholds() -> None:
+    x0 = jnp.asarray([[3.0, -0.5, 0.2, 1.5], [0.3, -0.2, 0.1, 0.05]])
+    noise = jnp.zeros((2, 4))
+
+    def drawn(**options: float | str) -> jax.Array:
+        return sample(lambda x, t: x0, DISCRETE, "x0", SamplerSettings("ddim", 1, **options), noise)
+
+    np.testing.assert_allclose(drawn(threshold="static"), jnp.clip(x0, -1, 1), atol=1e-6)
+    dynamic = drawn(threshold="dynamic", threshold_quantile=0.9)
+    size = np.quantile(np.abs(x0[0]), 0.9)
+    np.testing.assert_allclose(dynamic[0], np.clip(x0[0], -size, size) / size, rtol=1e-5)
+    np.testing.assert_allclose(dynamic[1], x0[1], rtol=1e-6)  # within the bound: as it is
+    np.testing.assert_allclose(drawn(), x0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("process", [DISCRETE, DiscreteProcess("linear", 0.00085, 0.012, zero_terminal_snr=True), CosineProcess()])
+def test_inversion_comes_back(process: DiscreteProcess | CosineProcess) -> None:
+    errors = []
+    for steps in (20, 80, 320):
+        config = SamplerSettings("ddim", steps)
+        noise = invert(lambda x, t: 0.3 * network(x, t), process, "v", config, DATA)
+        again = sample(lambda x, t: 0.3 * network(x, t), process, "v", config, noise)
+        errors.append(float(jnp.abs(again - DATA).max()))
+    assert errors[2] < errors[1] / 2 < errors[0] / 4 and errors[2] < 0.05
+    with pytest.raises(ValueError, match="only sampler 'ddim' with eta 0 is inverted"):
+        invert(network, process, "v", SamplerSettings("heun", 5), DATA)
+    with pytest.raises(ValueError, match="does not determine x_0"):
+        invert(network, process, "x0", SamplerSettings("ddim", 5), DATA)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "flow_heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "unipc"])
+def test_pure_noise_is_a_start(kind: str) -> None:
+    """Without signal at the first time, and with data of one value, every step lands on the way to it."""
+    for process in (FlowProcess(), CosineProcess()):
+        found = sample(lambda x, t: jnp.full_like(x, 0.7), process, "x0", SamplerSettings(kind, 5), NOISE, KEYS)
+        np.testing.assert_allclose(found, 0.7, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["heun", "plms", "lms"])
+def test_samplers_in_units_of_the_signal_need_some(kind: str) -> None:
+    with pytest.raises(ValueError, match="needs some signal at the first time"):
+        sample(network, FlowProcess(), "flow", SamplerSettings(kind, 5), NOISE)
+
+
+def test_churn_is_of_heun() -> None:
+    with pytest.raises(ValueError, match="'ddim' has no churn"):
+        SamplerSettings("ddim", churn=5.0)
+    drawn = [sample(network, DISCRETE, "eps", SamplerSettings("heun", 8, churn=churn), NOISE, KEYS) for churn in (0.0, 4.0)]
+    assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 1e-2
+    outside = SamplerSettings("heun", 8, churn=4.0, churn_min=1e3, churn_max=1e4)
+    np.testing.assert_allclose(sample(network, DISCRETE, "eps", outside, NOISE, KEYS), drawn[0], rtol=1e-5, atol=1e-5)
