@@ -128,7 +128,8 @@ def main() -> None:
         for kind, order in (DETERMINISTIC | STARTED_LOW).items():
             errors = path_errors(kind, counts, start, exact)
             axes[0].loglog(counts, errors, "o-", label=kind, markersize=3)
-            lines.append(f"| {kind} | {order} | {slope(counts, errors):.2f} | " + " | ".join(f"{e:.1e}" for e in errors) + " |")
+            order_of = f"{order} in the end" if kind in STARTED_LOW else str(order)
+            lines.append(f"| {kind} | {order_of} | {slope(counts, errors):.2f} | " + " | ".join(f"{e:.1e}" for e in errors) + " |")
         lines += [
             "",
             "| sampler | error at " + " | ".join(str(n) for n in few) + " steps | 4 standard errors |",

@@ -11,7 +11,8 @@ Presets:
   imagenet-f1, -f2, -f16, -f32   the other factors of table 13 (396M, 391M, 395M, 395M), 2 million updates of 7, 9, 112 and 112 images, each
                on one A100; figure 6 compares them. The latents of f32, 8x8x32, are not a row of table 8: its first stage is vq-f32, wider.
   dit-s, dit-b, dit-l, dit-xl    DiT/2 (Peebles & Xie 2023; 33M, 130M, 458M, 675M) on KL-f8 latents: XL reaches FID 9.62 after 7 million
-               updates of 256 images, and 2.27 with guidance 1.5.
+               updates of 256 images, and 2.27 with guidance 1.5. With the time embedding's frequencies of diffusers' class, so
+               that diffusers' DiTPipeline can open what is trained.
 
 The ImageNet presets take a folder with a sub-folder for each class: --config.data.path=DIR. A trained first stage is given by
 --config.first_stage.path.
@@ -71,7 +72,7 @@ def imagenet(factor: int) -> ConfigDict:
 def dit(size: str) -> ConfigDict:
     config = presets.paper("kl-f8", start=1e-4, end=2e-2)
     config.first_stage.latent_scale = "0.18215"
-    config.denoiser.update(kind="dit", patch_size=2, learn_sigma=False, **SIZES[size.upper()])
+    config.denoiser.update(kind="dit", patch_size=2, learn_sigma=False, legacy_frequencies=True, **SIZES[size.upper()])
     config.diffusion.schedule = "linear_beta"
     config.conditioning.label.update(
         enabled=True, num_classes=1000, null_class=True, width=SIZES[size.upper()]["width"], to="vector", drop_rate=0.1

@@ -17,8 +17,8 @@ FORMATS = ("compvis", "diffusers")
 # What each way needs, and what else it takes.
 _IMPORT = ("tokenizer", "dtype")
 _FLAGS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
-    ("from", "compvis"): (("checkpoint", "yaml"), ("no_ema", *_IMPORT)),
-    ("from", "diffusers"): (("checkpoint",), _IMPORT),
+    ("from", "compvis"): (("checkpoint", "yaml"), ("no_ema", "key", "resolution", *_IMPORT)),
+    ("from", "diffusers"): (("checkpoint",), ("variant", *_IMPORT)),
     ("to", "compvis"): (("model",), ()),
     ("to", "diffusers"): (("model",), ()),
 }
@@ -32,6 +32,9 @@ def parser() -> cli.Parser:
     p.add_argument("--checkpoint", help="compvis: a .ckpt, .pt or .safetensors file; diffusers: a folder")
     p.add_argument("--yaml", help="compvis: the configuration that the checkpoint was trained with")
     p.add_argument("--no-ema", action="store_true", help="compvis: the plain weights, not their moving averages")
+    p.add_argument("--key", help="compvis: which dict of a .ckpt holds the weights, where it has several")
+    p.add_argument("--resolution", type=int, help="compvis: of the pictures in pixels (default: what the configuration says)")
+    p.add_argument("--variant", help="diffusers: of the weight files, such as fp16 (default: those without any in their names)")
     p.add_argument("--tokenizer", help="a tokenizer.json, or a folder or name of Hugging Face, where the model brings none")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights in a model directory (default: float32)")
     p.add_argument("--model", help="with --to: a model or work directory")
@@ -77,20 +80,21 @@ def _import(args: argparse.Namespace) -> list[str]:
     if args.source == "compvis":
         from ldm_jax.interop.compvis import import_checkpoint
 
-        notes = import_checkpoint(args.checkpoint, args.yaml, args.output, not args.no_ema, tokenizer, dtype)
+        ema = not args.no_ema
+        notes = import_checkpoint(args.checkpoint, args.yaml, args.output, ema, tokenizer, dtype, args.key, args.resolution)
     else:
         from ldm_jax.interop.pipelines import import_folder
 
-        notes = import_folder(args.checkpoint, args.output, tokenizer, dtype)
+        notes = import_folder(args.checkpoint, args.output, tokenizer, dtype, args.variant or "")
     return [*(f"note: {note}" for note in notes), f"model: {args.output}"]
 
 
 def _export(args: argparse.Namespace) -> list[str]:
     from ldm_jax.interop.exporting import export_checkpoint, export_folder
-    from ldm_jax.training.run import find_model
+    from ldm_jax.model_directory import find_finished
 
     export = export_checkpoint if args.target == "compvis" else export_folder
-    return [f"{args.output}: {export(find_model(args.model), args.output)}"]
+    return [f"{args.output}: {export(find_finished(args.model), args.output)}"]
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@
 their parameters and is what `ldm_jax.load` returns.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +26,7 @@ from ldm_jax.config import UserError, write_bytes
 from ldm_jax.diffusion.grid import make_grid
 from ldm_jax.diffusion.guidance import autoguided, guided
 from ldm_jax.diffusion.process import PROCESSES, DiscreteProcess, Process, expand, make_process
-from ldm_jax.diffusion.samplers import image_keys, initial_noise, sample, start_of
+from ldm_jax.diffusion.samplers import Known, SamplerSettings, image_keys, initial_noise, invert, start_of, trajectory
 from ldm_jax.model_directory import (
     PARTS,
     TOKENIZER,
@@ -40,7 +42,7 @@ from ldm_jax.model_directory import (
 from ldm_jax.nn.autoencoder import Autoencoder, IdentityAutoencoder, KLAutoencoder, VQAutoencoder
 from ldm_jax.nn.dit import DiT
 from ldm_jax.nn.unet import UNet
-from ldm_jax.sampling import Sampling, check_guidance, check_sampler, make_sampling
+from ldm_jax.sampling import Sampling, check_guidance, check_request, check_sampler, is_plain, make_sampling, per_image_scale
 from ldm_jax.sharding.mesh import make_mesh, replicated, split_host_arrays
 
 AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": KLAutoencoder, "vq": VQAutoencoder, "identity": IdentityAutoencoder}
@@ -118,6 +120,7 @@ class GenerateInputs(NamedTuple):
       null: what guidance moves away from, None for none.
       scale: of guidance, a scalar or [B].
       init: scaled latents [B,h,w,c] to start from, None for pure noise.
+      known: scaled latents to keep outside a hole, None for none.
     """
 
     noise: Any
@@ -126,6 +129,7 @@ class GenerateInputs(NamedTuple):
     null: Arrays | None = None
     scale: Any = 1.0
     init: Any = None
+    known: Known | None = None
 
 
 def generate(
@@ -135,8 +139,10 @@ def generate(
     weak: Denoiser | None,
     params: Params,
     inputs: GenerateInputs,
-) -> jax.Array:
-    """Noise [B,h,w,c] to images uint8 [B,H,W,3]: conditions once, the sampler's loop, the decoder.
+) -> tuple[jax.Array, jax.Array]:
+    """Noise [B,h,w,c] to images uint8 [B,H,W,3] and states on the way, decoded, [recorded,B,H,W,3].
+
+    Conditions are computed once; then come the sampler's loop and the decoder.
 
     Pure; the first four arguments are static. `params` has the parameters of `weak`, which guides where it is given, under "weak".
     """
@@ -151,8 +157,13 @@ def generate(
         null = denoiser.condition(params, inputs.null)
         denoise = partial(denoiser.denoise, params)
         denoise = guided(denoise, condition, null, inputs.scale, sampling.guidance, process, prediction, grid, settings.eta)
-    latents = sample(denoise, process, prediction, settings, inputs.noise, inputs.keys, inputs.init)
-    return to_uint8(first_stage.decode(params["first_stage"], latents))
+    every = sampling.record_every
+    drawn = trajectory(denoise, process, prediction, settings, inputs.noise, inputs.keys, inputs.init, inputs.known, every)
+
+    def decoded(latents: jax.Array) -> jax.Array:
+        return to_uint8(first_stage.decode(params["first_stage"], latents))
+
+    return decoded(drawn.x0), jax.lax.map(decoded, drawn.states)
 
 
 generate_jit = jax.jit(generate, static_argnums=(0, 1, 2, 3))
@@ -300,6 +311,8 @@ class LatentDiffusion:
         guidance_rescale: float | None = None,
         init_images: np.ndarray | None = None,
         strength: float | None = None,
+        holes: np.ndarray | None = None,
+        noise: np.ndarray | None = None,
         weak: "LatentDiffusion | None" = None,
         **inputs: Sequence[Any],
     ) -> np.ndarray:
@@ -311,8 +324,10 @@ class LatentDiffusion:
           negative: a prompt to move away from, in place of the empty one.
           prompts: one text an image.
           guidance_kind, guidance_interval, guidance_rescale: see `diffusion.guidance.Guidance`.
-          init_images: uint8 [N or 1,H,W,3] of the training resolution, to start from; then `strength` in (0, 1] is needed, the share of
-            the steps that are run.
+          init_images: uint8 [N or 1,H,W,3] of the training resolution, to start from, with `strength`; with `holes` to keep outside them.
+          strength: in (0, 1], the share of the steps that are run from `init_images`.
+          holes: [N or 1,H,W], 1 where `init_images` are painted anew and 0 where they stay, by any model (arXiv 2201.09865).
+          noise: float32 [N,h,w,c] in place of the seed's, as `invert` gives it.
           weak: a weaker model of the same latents and conditions, which guidance moves away from instead (autoguidance).
           **inputs: what the model's conditioners take, by their names, one an image: `label`, `boxes`, `segmentation`, ...
 
@@ -320,52 +335,98 @@ class LatentDiffusion:
 
         Raises: UserError for inputs that do not go together.
         """
-        denoiser = self._needs_denoiser()
-        for name, value in (("num", num), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
-        defaults = self.info["sample"]
-        asked = {"guidance_kind": guidance_kind, "guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
-        if (init_images is None) != (strength is None):
-            raise UserError("init_images and strength go together: pictures to start from, and the share of the steps that are run")
-        if weak is not None and (negative is not None or guidance_kind == "cfg++"):
-            raise UserError("with a weak model, guidance moves away from it: neither a negative prompt nor cfg++ has a meaning")
-        own = {"steps": steps, "sampler": sampler, "eta": eta, "spacing": spacing, "strength": strength}
-        sampling = make_sampling(defaults, **own, **asked)
+        options = {name: value for name, value in locals().items() if name not in ("self", "inputs")}
+        return self._sample(0, SimpleNamespace(**options), inputs)[0]
+
+    def sample_states(self, every: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """As `sample` with the same options; images uint8 [N,H,W,3] and the states after every `every` steps, decoded, [S,N,H,W,3]."""
+        if every < 1:
+            raise UserError(f"states are kept after every 1 step or more, not {every}")
+        known = [name for name in inspect.signature(self.sample).parameters if name != "inputs"]
+        return self._sample(every, SimpleNamespace(**{name: options.pop(name, None) for name in known}), options)
+
+    def invert(self, images: np.ndarray, steps: int | None = None, **inputs: Sequence[Any]) -> np.ndarray:
+        """The noise float32 [N,h,w,c] from which `sample(noise=..., sampler="ddim", guidance=1, steps=...)` draws these images again,
+        nearly: the more steps, the nearer (arXiv 2010.02502, section 4.3).
+
+        Args:
+          images: uint8 [N,H,W,3] of the training resolution.
+          **inputs: as for `sample`, what each image is told to show.
+
+        Raises: UserError.
+        """
+        denoiser, defaults = self._needs_denoiser(), self.info["sample"]
+        given, total = self._inputs(inputs, len(images), None)
+        arrays = denoiser.conditioning.prepare({name: list(values) for name, values in given.items()})
+        settings = SamplerSettings("ddim", steps or defaults["steps"], spacing=defaults["spacing"])
+
+        @jax.jit
+        def run(params: Params, latents: jax.Array, arrays: Arrays) -> jax.Array:
+            denoise = partial(denoiser.denoise, params, condition=denoiser.condition(params, arrays))
+            return invert(denoise, denoiser.process, denoiser.prediction, settings, latents)
+
+        try:
+            return np.asarray(run(self.params, jnp.asarray(self._init_latents(images, total)), arrays))
+        except ValueError as error:
+            raise UserError(f"cannot invert: {error}") from error
+
+    def _sample(self, every: int, asked: SimpleNamespace, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Images and states of `sample`'s options."""
+        denoiser, defaults = self._needs_denoiser(), self.info["sample"]
+        check_request(asked)
+        guiding = {name: getattr(asked, name) for name in ("guidance_kind", "guidance_interval", "guidance_rescale")}
+        own = {name: getattr(asked, name) for name in ("steps", "sampler", "eta", "spacing", "strength")}
+        sampling = replace(make_sampling(defaults, **own, **guiding), record_every=every)
         check_sampler(sampling.sampler, denoiser.process, denoiser.prediction)
-        given, total = self._inputs(inputs if prompts is None else {**inputs, "text": prompts}, num, negative)
-        scale = _scale(defaults["guidance"] if guidance is None else guidance, total)
-        check_guidance(sampling, scale, asked, weak is not None or bool(denoiser.conditioning.conditioners))
-        init = None if init_images is None else self._init_latents(init_images, total)
-        seed = defaults["seed"] if seed is None else seed
-        size = min(batch_size or defaults["batch_size"], total)
+        prompts = {} if asked.prompts is None else {"text": asked.prompts}
+        given, total = self._inputs({**inputs, **prompts}, asked.num, asked.negative)
+        scale = per_image_scale(defaults["guidance"] if asked.guidance is None else asked.guidance, total)
+        check_guidance(sampling, scale, guiding, asked.weak is not None or bool(denoiser.conditioning.conditioners))
+        request = self._fixed(asked, total)
+        size = min(asked.batch_size or defaults["batch_size"], total)
         size = -(-size // self.mesh.size) * self.mesh.size  # every device has as many
-        images = []
+        drawn = []
         for start in range(0, total, size):
             index = np.minimum(np.arange(start, start + size), total - 1)  # the last batch is filled up, so that one program serves all
             arrays = denoiser.conditioning.prepare({name: [values[i] for i in index] for name, values in given.items()})
             null = None
-            if weak is None and not (isinstance(scale, float) and scale == 1 and sampling.guidance.kind != "cfg++"):
+            if asked.weak is None and not is_plain(sampling, scale):
                 null = denoiser.conditioning.unconditional(arrays)
-                if negative is not None:
-                    null |= denoiser.conditioning.prepare({"text": [negative] * size}, only="text")
-            noise = np.asarray(initial_noise(seed, index, self.latent_shape))
+                if asked.negative is not None:
+                    null |= denoiser.conditioning.prepare({"text": [asked.negative] * size}, only="text")
             scales = scale if isinstance(scale, float) else scale[index]
-            starts = None if init is None else init[index]
-            drawn = GenerateInputs(noise, image_keys(seed, index), arrays, null, scales, starts)
-            images.append(self._draw(sampling, drawn, weak)[: total - start])
-        return np.concatenate(images)
+            batch = self._draw(sampling, request(index)._replace(arrays=arrays, null=null, scale=scales), asked.weak)
+            drawn.append((batch[0][: total - start], batch[1][:, : total - start]))
+        images, states = zip(*drawn, strict=True)
+        return np.concatenate(images), np.concatenate(states, axis=1)
 
-    def _draw(self, sampling: Sampling, inputs: GenerateInputs, weak: "LatentDiffusion | None") -> np.ndarray:
+    def _fixed(self, asked: SimpleNamespace, total: int) -> Callable[[np.ndarray], GenerateInputs]:
+        """What is given for each of `total` images, but for conditions: a function of their indices."""
+        seed = self.info["sample"]["seed"] if asked.seed is None else asked.seed
+        pictures = None if asked.init_images is None else self._init_latents(asked.init_images, total)
+        holes = None if asked.holes is None else self._holes(asked.holes, total)
+        if asked.noise is not None and asked.noise.shape != (total, *self.latent_shape):
+            raise UserError(f"noise must be {[total, *self.latent_shape]}, not {list(asked.noise.shape)}")
+
+        def of(index: np.ndarray) -> GenerateInputs:
+            noise = np.asarray(initial_noise(seed, index, self.latent_shape)) if asked.noise is None else asked.noise[index]
+            init = None if pictures is None or asked.strength is None else pictures[index]
+            known = None if holes is None or pictures is None else Known(pictures[index], holes[index])
+            return GenerateInputs(noise, image_keys(seed, index), {}, init=init, known=known)
+
+        return of
+
+    def _draw(self, sampling: Sampling, inputs: GenerateInputs, weak: "LatentDiffusion | None") -> tuple[np.ndarray, np.ndarray]:
         per_image = {name: value for name, value in inputs._asdict().items() if name != "keys" and not isinstance(value, float | None)}
         inputs = inputs._replace(**split_host_arrays(per_image, self.mesh))
         denoiser, other, params = self._needs_denoiser(), None, self.params
         if weak is not None:
             other, params = weak.weak_for(self), {**self.params, "weak": weak.params}
         try:
-            return np.asarray(jax.device_get(generate_jit(self.first_stage, denoiser, sampling, other, params, inputs)))
+            images, states = jax.device_get(generate_jit(self.first_stage, denoiser, sampling, other, params, inputs))
         except ValueError as error:
             raise UserError(f"cannot sample: {error}") from error
+        return np.asarray(images), np.asarray(states)
 
     def weak_for(self, model: "LatentDiffusion") -> Denoiser:
         """This model's denoiser, to guide another of the same latents. Raises UserError where it is not of them."""
@@ -386,6 +447,15 @@ class LatentDiffusion:
             raise UserError(f"init_images must be [1 or {total},{side},{side},3], not {list(images.shape)}")
         latents = self.encode(images)
         return latents if len(latents) == total else np.repeat(latents, total, axis=0)
+
+    def _holes(self, holes: np.ndarray, total: int) -> np.ndarray:
+        """Holes of pictures [N,H,W] at the size of latents, float32 [total,h,w,1]: 1 wherever a latent sees any of one."""
+        side, factor = self.info["resolution"], self.first_stage.network.factor
+        if holes.shape not in ((1, side, side), (total, side, side)):
+            raise UserError(f"holes must be [1 or {total},{side},{side}], not {list(holes.shape)}")
+        blocks = (holes > 0).reshape(len(holes), side // factor, factor, side // factor, factor)
+        small = np.asarray(blocks.any(axis=(2, 4)))
+        return np.broadcast_to(small[..., None], (total, *small.shape[1:], 1)).astype(np.float32)
 
     def _inputs(self, inputs: dict[str, Any], num: int | None, negative: str | None) -> tuple[dict[str, Sequence[Any]], int]:
         """What each conditioner is given, one for each image, and the number of images."""
@@ -424,15 +494,6 @@ class LatentDiffusion:
             for c in self.denoiser.conditioning.conditioners:
                 if isinstance(c, TextConditioner) and c.tokenizer is not None:
                     write_bytes(root / "conditioner" / TOKENIZER, c.tokenizer.to_json().encode())
-
-
-def _scale(guidance: float | Sequence[float], total: int) -> float | np.ndarray:
-    """One number, or one for each of `total` images. Raises UserError."""
-    if isinstance(guidance, float | int):
-        return float(guidance)
-    if len(guidance) != total:
-        raise UserError(f"{len(guidance)} guidance scales for {total} images: give one, or one for each image")
-    return np.asarray(guidance, np.float32)
 
 
 def init_autoencoder(network: Autoencoder, key: jax.Array, resolution: int) -> Params:

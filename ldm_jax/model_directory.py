@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_safetensors
 
 from ldm_jax.config import UserError, replace_directory, write_bytes, write_json
@@ -28,7 +28,10 @@ Params = dict[str, Any]
 
 @contextmanager
 def writing(path: str | Path, info: Mapping[str, Any]) -> Iterator[Any]:
-    """Gives the directory to write the parts into; on leaving, `model.json` with `info` follows, and all of it takes its place."""
+    """Gives the directory to write the parts into; on leaving, `model.json` with `info` follows, and all of it takes its place.
+
+    Where the writing fails, nothing of it stays.
+    """
     final = epath.Path(path)
     # Object storage has no rename: there the old model ends here.
     in_place = "://" in str(final)
@@ -41,10 +44,15 @@ def writing(path: str | Path, info: Mapping[str, Any]) -> Iterator[Any]:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {root}: {error.strerror or error}") from error
-    yield root
-    write_json(root / "model.json", dict(info, format=FORMAT))
-    if not in_place:
-        replace_directory(Path(root), Path(final))
+    try:
+        yield root
+        write_json(root / "model.json", dict(info, format=FORMAT))
+        if not in_place:
+            replace_directory(Path(root), Path(final))
+    except BaseException:
+        if not in_place and root.exists():
+            root.rmtree()
+        raise
 
 
 def module_settings(module: nn.Module, table: Mapping[str, type]) -> dict[str, Any]:
@@ -72,10 +80,23 @@ def load_settings(path: Any) -> dict[str, Any]:
 def load_params(path: Any) -> Params:
     """The parameters of a part, float32. Raises UserError."""
     try:
-        stored = load_safetensors((path / WEIGHTS).read_bytes())
+        stored = {name.replace(".", "/"): value.astype(np.float32, copy=False) for name, value in _tensors(path / WEIGHTS)}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a complete part of a model: {error}") from error
-    return unflatten({name.replace(".", "/"): value.astype(np.float32) for name, value in stored.items()})
+    return unflatten(stored)
+
+
+def _tensors(file: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a file, one at a time, without the file in memory besides. One of object storage is copied to a local disk first."""
+    if "://" in str(file):
+        with TemporaryDirectory() as folder:
+            local = Path(folder) / WEIGHTS
+            local.write_bytes(file.read_bytes())
+            yield from _tensors(local)
+        return
+    with safe_open(str(file), framework="numpy") as stored:
+        for name in stored.keys():  # noqa: SIM118 (no mapping)
+            yield name, stored.get_tensor(name)
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
@@ -91,6 +112,27 @@ def read_info(path: str | Path) -> dict[str, Any]:
     if found != FORMAT:
         raise UserError(f"{file} has format {found}; this version reads format {FORMAT}")
     return info
+
+
+def find_model(path: str | Path) -> Any:
+    """The model directory that a path means: itself, or that of a work directory, be it its first stage's. Raises UserError."""
+    root = epath.Path(path)
+    for place in (root, root / "model", _first_stage_of(root)):
+        if (place / "model.json").exists():
+            return place
+    raise UserError(f"no model at {path}: it is neither a complete model directory nor a work directory that has one")
+
+
+def find_finished(path: str | Path) -> Any:
+    """As `find_model`, but a first stage does not stand for a run that has no more yet. Raises UserError."""
+    found = find_model(path)
+    if found == _first_stage_of(epath.Path(path)):
+        raise UserError(f"the run in {path} is not finished: it has its first stage ({found}) and no model yet")
+    return found
+
+
+def _first_stage_of(root: Any) -> Any:
+    return root / "first_stage" / "model"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

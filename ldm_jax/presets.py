@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from ldm_jax.config import UserError, base
+from ldm_jax.config import UserError
+from ldm_jax.defaults import base
 
 
 class FirstStage(NamedTuple):

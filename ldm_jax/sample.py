@@ -26,8 +26,10 @@ def parser() -> cli.Parser:
     p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="levels of sigma/alpha that are guided")
     p.add_argument("--guidance-rescale", type=float, help="0 to 1: how far the result's deviation is brought back")
     p.add_argument("--weak", help="a work or model directory: a weaker model to move away from (autoguidance)")
-    p.add_argument("--init-image", help="a picture to start from; needs --strength")
+    p.add_argument("--init-image", help="a picture to start from (--strength), or to keep outside a hole (--hole)")
     p.add_argument("--strength", type=float, help="in (0, 1]: the share of the steps that are run from --init-image")
+    p.add_argument("--hole", help="a picture, white where --init-image is painted anew and black where it stays")
+    p.add_argument("--states", type=int, metavar="K", help="also write states.png: a row for each image, its states after every K steps")
     p.add_argument("--sampler")
     p.add_argument("--spacing")
     p.add_argument("--eta", type=float)
@@ -108,8 +110,14 @@ def main() -> int:
             [c.name for c in model.denoiser.conditioning.conditioners],
             inputs | ({"text": args.negative} if args.negative is not None else {}),
         )
+    hole = read_image(args.hole, model.info["resolution"])[None, ..., 0] > 127 if args.hole else None
     options = {name: getattr(args, name) for name in names}
-    images = model.sample(**inputs, **options, guidance=guidance, weak=weak, init_images=init)
+    options |= {"guidance": guidance, "weak": weak, "init_images": init, "holes": hole}
+    states = None
+    if args.states is None:
+        images = model.sample(**inputs, **options)
+    else:
+        images, states = model.sample_states(args.states, **inputs, **options)
     output = epath.Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -118,6 +126,9 @@ def main() -> int:
     for i, image in enumerate(images):
         write_bytes(output / f"{i:05d}.png", png_bytes(Image.fromarray(image)))
     save_grid(output / "grid.png", images, min(8, len(images)), captions_of(prompts, args.label, len(images)))
+    if states is not None and len(states):
+        rows = states.swapaxes(0, 1)
+        save_grid(output / "states.png", rows.reshape(-1, *rows.shape[2:]), len(states), None)
     print(f"{len(images)} images: {output}")
     return cli.OK
 

@@ -1,12 +1,13 @@
 """The static settings of drawing samples, made of a `sample` group and what overrides it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldm_jax.config import UserError
 from ldm_jax.diffusion.guidance import Guidance
@@ -20,10 +21,11 @@ _GUIDANCE = {f"guidance_{name}": name for name in ("kind", "interval", "rescale"
 
 @dataclass(frozen=True)
 class Sampling:
-    """A sampler and how it is guided; hashable, so it can be a static argument."""
+    """A sampler, how it is guided, and after how many steps states are kept (0: none are); hashable, so it can be a static argument."""
 
     sampler: SamplerSettings
     guidance: Guidance
+    record_every: int = 0
 
 
 def make_sampling(group: Mapping[str, Any], **overrides: Any) -> Sampling:
@@ -57,7 +59,34 @@ def _interval(values: Any) -> tuple[float, float]:
     return low, high
 
 
-def check_guidance(sampling: Sampling, scale: Any, asked: Mapping[str, Any], guides: bool) -> None:
+def check_request(asked: Any) -> None:
+    """Raises UserError for options of `LatentDiffusion.sample` that do not go together."""
+    for name in ("num", "batch_size"):
+        if (value := getattr(asked, name)) is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    if asked.init_images is None and (asked.strength is not None or asked.holes is not None):
+        raise UserError("strength and holes are of init_images: give the pictures to start from, or to keep outside the holes")
+    if asked.init_images is not None and asked.strength is None and asked.holes is None:
+        raise UserError("init_images are started from with strength, the share of the steps that are run, or kept outside of holes")
+    if asked.weak is not None and (asked.negative is not None or asked.guidance_kind == "cfg++"):
+        raise UserError("with a weak model, guidance moves away from it: neither a negative prompt nor cfg++ has a meaning")
+
+
+def per_image_scale(guidance: float | Sequence[float], total: int) -> float | np.ndarray:
+    """One scale of guidance, or one for each of `total` images, float32 [total]. Raises UserError."""
+    if isinstance(guidance, float | int):
+        return float(guidance)
+    if len(guidance) != total:
+        raise UserError(f"{len(guidance)} guidance scales for {total} images: give one, or one for each image")
+    return np.asarray(guidance, np.float32)
+
+
+def is_plain(sampling: Sampling, scale: float | np.ndarray) -> bool:
+    """Whether the conditional prediction is all that counts, so that nothing need be doubled."""
+    return isinstance(scale, float) and scale == 1 and sampling.guidance.kind != "cfg++"
+
+
+def check_guidance(sampling: Sampling, scale: float | np.ndarray, asked: Mapping[str, Any], guides: bool) -> None:
     """Raises UserError for a guidance that has no effect or no meaning.
 
     Args:
@@ -66,15 +95,13 @@ def check_guidance(sampling: Sampling, scale: Any, asked: Mapping[str, Any], gui
       guides: whether there is anything to move away from.
     """
     set_by_user = [name for name, value in asked.items() if value is not None]
-    trivial = isinstance(scale, float | int) and scale == 1 and sampling.guidance.kind != "cfg++"
-    if set_by_user and (trivial or not guides):
+    if set_by_user and (is_plain(sampling, scale) or not guides):
         why = "a scale of 1" if guides else "a model without conditions"
         raise UserError(f"{', '.join(set_by_user)} has no effect with {why}")
     if sampling.guidance.kind == "cfg++":
         if sampling.sampler.kind not in ("ddim", "euler"):
             raise UserError(f"guidance 'cfg++' is a way of renoising in sampler 'ddim', not in {sampling.sampler.kind!r}")
-        numbers = [float(s) for s in scale] if isinstance(scale, list | tuple) else [float(scale)]
-        if not all(0 <= s <= 1 for s in numbers):
+        if not np.all((np.asarray(scale) >= 0) & (np.asarray(scale) <= 1)):
             raise UserError(f"guidance 'cfg++' takes a scale from 0 to 1, not {scale}")
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 import ldm_jax
 from ldm_jax import cli, encode, sample, train
 from ldm_jax import config as configs
+from ldm_jax.data.transforms import center_crop
 from ldm_jax.latent_diffusion import FirstStage, LatentDiffusion, build_autoencoder, init_autoencoder
 from ldm_jax.training.diffusion import DiffusionStage
 from ldm_jax.training.run import model_info
@@ -261,6 +262,56 @@ def test_models_that_are_told_other_things(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "grid.png"]
     for i, image in enumerate(images):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:05d}.png")), image)
+
+
+def test_how_it_is_drawn(model: Path, run: Run, tmp_path: Path) -> None:
+    """Every flag of samplers and guidance means what it does in Python."""
+    picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "start.png")
+    flags = (
+        "--steps 4 --sampler dpmpp_2m --guidance 3 --guidance-interval 0.2 3 --guidance-rescale 0.5 --init-image start.png --strength 0.5"
+    )
+    arguments = ("--model", str(model), "--prompt", "a red circle", "--weak", str(model), *flags.split())
+    code, _, err = run(sample.main, *arguments, "--output", "out")
+    assert code == cli.OK, err
+    loaded = ldm_jax.load(str(model))
+    options = {"steps": 4, "sampler": "dpmpp_2m", "guidance": 3.0, "guidance_interval": [0.2, 3.0], "guidance_rescale": 0.5}
+    start = center_crop(picture, 16)[None]
+    images = loaded.sample(prompts=["a red circle"], weak=loaded, init_images=start, strength=0.5, **options)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "00000.png")), images[0])
+
+
+def test_a_hole_and_the_states_on_the_way(model: Path, run: Run, tmp_path: Path) -> None:
+    picture, hole = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8)
+    picture[:, 8:], hole[4:12, 4:12] = 200, 255
+    Image.fromarray(picture).save(tmp_path / "start.png")
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    flags = "--steps 4 --states 2 --num 2 --init-image start.png --hole hole.png"
+    code, _, err = run(sample.main, "--model", str(model), "--prompt", "a red circle", *flags.split(), "--output", "out")
+    assert code == cli.OK, err
+    images, states = ldm_jax.load(str(model)).sample_states(
+        2, prompts=["a red circle"], num=2, steps=4, init_images=picture[None], holes=hole[None]
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "00001.png")), images[1])
+    assert states.shape == (2, 2, 16, 16, 3) and (tmp_path / "out" / "states.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--init-image missing.png --strength 0.5", "cannot read the picture missing.png"),
+        ("--strength 0.5", "strength and holes are of init_images"),
+        ("--states 0", "states are kept after every 1 step or more, not 0"),
+        ("--guidance 1 --guidance-rescale 0.5", "guidance_rescale has no effect with a scale of 1"),
+        ("--guidance-interval 3 1", "0 <= low < high"),
+        ("--guidance 1 2 3", "3 guidance scales for 1 images"),
+        ("--weak missing", "missing"),
+        ("--sampler plms --eta 0.5", "sampler 'plms' has no eta"),
+    ],
+)
+def test_ways_of_drawing_that_make_no_sense(flags: str, message: str, model: Path, run: Run, tmp_path: Path) -> None:
+    assert message in refused(run(sample.main, "--model", str(model), "--prompt", "a red circle", *flags.split(), "--output", "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_image_where_nothing_is_told(models: Callable[[str], Path], run: Run) -> None:

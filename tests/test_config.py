@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax import config as configs
 from ldm_jax.config import UserError, WorkDir
+from ldm_jax.defaults import base
 
 ROOT = Path(__file__).parent.parent
 TXT2IMG = str(ROOT / "configs" / "txt2img.py")
@@ -19,7 +20,7 @@ PRESETS = ("shapes", "smoke", "gpu", "laion-1p4b")
 
 
 def overridden(path: str, text: str) -> Any:
-    config = configs.base().lock()
+    config = base().lock()
     configs.override(config, path, text)
     return configs.flat(config)[path]
 
@@ -108,9 +109,9 @@ def test_override_reads_back_what_python_writes(steps: int, rate: float, mult: l
 def test_presets_are_complete_and_pass_the_checks(preset: str) -> None:
     config = configs.load_file(f"{TXT2IMG}:{preset}")
     configs.check(config)
-    assert configs.field_paths(config) == configs.field_paths(configs.base())
+    assert configs.field_paths(config) == configs.field_paths(base())
     types = {path: type(value) for path, value in configs.flat(config).items()}
-    assert types == {path: type(value) for path, value in configs.flat(configs.base()).items()}
+    assert types == {path: type(value) for path, value in configs.flat(base()).items()}
 
 
 def test_the_default_preset_is_shapes() -> None:
@@ -127,20 +128,20 @@ def test_from_flat_inverts_flat_through_json(preset: str) -> None:
 @pytest.mark.parametrize(("path", "value"), [("train.stepz", 1), ("training.steps", 1), ("train.steps", "many"), ("seed.x", 1)])
 def test_a_stored_configuration_of_another_version_is_bad_input(path: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"of another version: it has the field {path} = {value!r}"):
-        configs.from_flat({**configs.flat(configs.base()), path: value})
+        configs.from_flat({**configs.flat(base()), path: value})
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("from ldm_jax.config import base\ndef get_config():\n    c = base().lock()\n    c.train.stepz = 1\n    return c", "stepz"),
+        ("from ldm_jax.defaults import base\ndef get_config():\n    c = base().lock()\n    c.train.stepz = 1\n    return c", "stepz"),
         ("x = 1", "get_config"),
         ("def get_config():\n    return 3", "ConfigDict"),
         ("def get_config(:", "line 1"),
         ("steps = 3\ndef get_config():\n    return stepz", "stepz"),
-        ("from ldm_jax.config import base\ndef get_config():\n    c = base()\n    c.x = 1\n    return c", 'Key "x"'),
+        ("from ldm_jax.defaults import base\ndef get_config():\n    c = base()\n    c.x = 1\n    return c", 'Key "x"'),
         ("import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({'seed': 1})", "task"),
-        ("from ldm_jax.config import base\ndef get_config():\n    return base()", "positional"),
+        ("from ldm_jax.defaults import base\ndef get_config():\n    return base()", "positional"),
     ],
     ids=["locked", "no function", "no config", "syntax", "unknown name", "extra field", "missing fields", "takes no preset"],
 )
@@ -182,21 +183,21 @@ def test_a_wrong_file_is_one_clear_line(tmp_path: Path, source: str, message: st
     ],
 )
 def test_checks_before_anything_is_built(path: str, text: str, message: str) -> None:
-    config = configs.base().lock()
+    config = base().lock()
     configs.override(config, path, text)
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         configs.check(config)
 
 
 def test_numbers_as_latent_scale() -> None:
-    config = configs.base()
+    config = base()
     for text in ("0.18215", "1", "1e-2", ".5", "1.5e3"):
         config.first_stage.latent_scale = text
         configs.check(config)
 
 
 def test_pixels_as_latents_have_no_factor() -> None:
-    config = configs.base()
+    config = base()
     config.data.resolution = 72  # KL-f8 would leave 9x9
     config.first_stage.kind = "identity"
     configs.check(config)
@@ -213,7 +214,7 @@ def test_the_first_stage_of_a_run_is_a_run() -> None:
 
 
 def changed(**fields: str) -> ConfigDict:
-    config = configs.base().lock()
+    config = base().lock()
     for path, text in fields.items():
         configs.override(config, path.replace("__", "."), text)
     return config
@@ -235,9 +236,9 @@ def changed(**fields: str) -> ConfigDict:
 def test_another_run_is_refused_with_the_difference(path_and_text: dict[str, str]) -> None:
     now = changed(**path_and_text)
     path = next(iter(path_and_text)).replace("__", ".")
-    old, new = configs.flat(configs.base())[path], configs.flat(now)[path]
+    old, new = configs.flat(base())[path], configs.flat(now)[path]
     with pytest.raises(UserError) as raised:
-        configs.check_same_run(configs.flat(configs.base()), now, "runs/old")
+        configs.check_same_run(configs.flat(base()), now, "runs/old")
     assert f"{path}: {old} there, {new} now" in str(raised.value)
     assert str(raised.value).count(" there, ") == 1
     assert "runs/old" in str(raised.value)
@@ -257,21 +258,21 @@ def test_the_same_run_may_change_what_defines_nothing() -> None:
         "data__latents": "shared",
         "first_stage__path": "first",
     }
-    configs.check_same_run(configs.flat(configs.base()), changed(**free), "runs/old")
+    configs.check_same_run(configs.flat(base()), changed(**free), "runs/old")
 
 
 def test_fields_that_one_of_the_two_lacks_are_differences() -> None:
-    stored = configs.flat(configs.base())
+    stored = configs.flat(base())
     stored["data.colour"] = stored.pop("data.flip")
     with pytest.raises(UserError, match=r"data\.colour: False there, absent now; data\.flip: absent there, False now"):
-        configs.check_same_run(stored, configs.base(), "runs/old")
+        configs.check_same_run(stored, base(), "runs/old")
 
 
 def test_claim_writes_the_resolved_configuration_once(tmp_path: Path) -> None:
     workdir = WorkDir(tmp_path / "runs" / "new")
-    workdir.claim(configs.base(), ["train", "--config", "x"], {"jax": "0"})
+    workdir.claim(base(), ["train", "--config", "x"], {"jax": "0"})
     stored = json.loads(workdir.config.read_text())
-    assert stored == {"config": configs.flat(configs.base()), "command": ["train", "--config", "x"], "versions": {"jax": "0"}}
+    assert stored == {"config": configs.flat(base()), "command": ["train", "--config", "x"], "versions": {"jax": "0"}}
     with pytest.raises(UserError, match="seed: 0 there, 1 now"):
         workdir.claim(changed(seed="1"), [], {})
     assert json.loads(workdir.config.read_text()) == stored
@@ -284,7 +285,7 @@ def test_a_damaged_or_foreign_config_json_is_bad_input(tmp_path: Path) -> None:
     for content in ("{", "{}", "[1]"):
         workdir.config.write_text(content)
         with pytest.raises(UserError, match=r"config\.json"):
-            workdir.claim(configs.base(), [], {})
+            workdir.claim(base(), [], {})
         assert workdir.config.read_text() == content
 
 

@@ -5,6 +5,7 @@ Networks are built abstractly: shapes without memory.
 
 import importlib.util
 import math
+import re
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,10 +19,18 @@ from PIL import Image
 
 from ldm_jax import config as configs
 from ldm_jax.conditioning.build import Model, build_conditioning
+from ldm_jax.conditioning.conditioner import Conditioning
+from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.sources import make_source
+from ldm_jax.defaults import base
 from ldm_jax.diffusion.samplers import SamplerSettings, image_keys
+from ldm_jax.interop import exporting
+from ldm_jax.interop.compvis import model_map
+from ldm_jax.interop.compvis_yaml import to_yaml
+from ldm_jax.interop.importing import Networks
 from ldm_jax.latent_diffusion import Denoiser, FirstStage, build_autoencoder, build_denoiser, generate, init_autoencoder
+from ldm_jax.model_directory import flatten
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.presets import FIRST_STAGES
 from ldm_jax.training.run import check_components
@@ -195,6 +204,89 @@ def test_a_preset_samples_whether_or_not_it_can_be_trained(name: str) -> None:
     assert images.shape == (1, config.data.resolution, config.data.resolution, 3) and images.dtype == np.uint8
 
 
+# --- what diffusers opens ---
+
+PIPELINES = {
+    "class_cond:dit-s": "DiTPipeline",
+    "class_cond:dit-b": "DiTPipeline",
+    "class_cond:dit-l": "DiTPipeline",
+    "class_cond:dit-xl": "DiTPipeline",
+    "txt2img:laion-1p4b": "LDMTextToImagePipeline",
+    "txt2img:sd1": "StableDiffusionPipeline",
+    "txt2img:sd2": "StableDiffusionPipeline",
+    "txt2img:sd2-v": "StableDiffusionPipeline",
+    "txt2img:sd1-inpainting": "StableDiffusionInpaintPipeline",
+    "superres:imagenet": "LDMSuperResolutionPipeline",
+    "superres:bsr": "LDMSuperResolutionPipeline",
+    **{f"unconditional:{name}": "LDMPipeline" for name in ("celeba256", "ffhq256", "bedrooms256")},
+    **{f"autoencoder:{name}": "AutoencoderKL" if name.startswith("kl") else "VQModel" for name in FIRST_STAGES},
+}
+# The reasons for all others.
+REFUSALS = {
+    "unconditional:churches256": "UNet2DModel has one number of channels a head, not one number of heads",
+    ".*:(shapes|smoke|gpu)": "sample no flow process|no autoencoder of patches",
+    "class_cond:imagenet-f1": "no class for pixels as latents",
+    "class_cond:imagenet-.*": "whose UNet takes label",
+    "txt2img:cc-f4": "decodes with a KL autoencoder only; .* of factor 8 and with texts of 77 tokens, not 4 and 77",
+    "layout2img:.*": "whose UNet takes boxes",
+    "semantic:.*": "whose UNet takes segmentation",
+    "inpaint:.*": "whose UNet takes mask",
+    "retrieval:.*": "whose UNet takes neighbors",
+}
+
+
+def networks(name: str) -> Networks:
+    """Those of a preset as a model directory would have them, with a tokenizer."""
+    config, (autoencoder, denoiser) = preset(name), stages(name)
+    scale = 0.7 if config.first_stage.latent_scale == "std" else 1 / float(config.first_stage.latent_scale)
+    if denoiser is not None:
+        tokenizer = Tokenizer.train(["a picture"], 300, config.conditioning.text.max_length)
+        conditioners: Any = [replace(c, tokenizer=tokenizer) if c.name == "text" else c for c in denoiser.conditioning.conditioners]  # type: ignore[type-var]
+        denoiser = replace(denoiser, conditioning=Conditioning(conditioners))
+    info = {group: config[group].to_dict() for group in ("diffusion", "sample", "conditioning")} | {"resolution": config.data.resolution}
+    made = Networks(FirstStage(autoencoder, (0.0,), (scale,)), denoiser, info)
+    shapes = {"first_stage": abstract_first_stage(autoencoder, config.data.resolution), **(abstract(name) if denoiser else {})}
+    made.__dict__["params"] = shapes  # shared by the tests, as it takes long
+    return made
+
+
+def exported(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Writes everything of an exported preset but its weights, and returns the class that opens it. Raises UserError."""
+    made = networks(name)
+    monkeypatch.setattr(exporting, "open_model", lambda path: exporting.Model(made, lambda leaf: np.zeros(()), flatten(made.params)))
+    monkeypatch.setattr(exporting, "_save", lambda path, model, keys: keys)
+    return exporting.export_folder("model", folder)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_trained_goes_to_the_pipeline_that_the_readme_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in PIPELINES:
+        assert exported(name, tmp_path / "out", monkeypatch) == PIPELINES[name]
+        return
+    reason = next(reason for pattern, reason in REFUSALS.items() if re.fullmatch(pattern, name))
+    with pytest.raises(UserError, match=reason):
+        exported(name, tmp_path / "out", monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_papers_format_takes_all_but_transformers_and_models_of_scenes(name: str) -> None:
+    if re.fullmatch(r".*:(shapes|smoke|gpu|dit-.*)", name):
+        with pytest.raises(UserError, match="the paper's code"):
+            to_yaml(networks(name))
+    else:
+        assert "target: " in to_yaml(networks(name))
+        assert model_map(networks(name))
+
+
+def test_the_readme_names_each_pipeline() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    table = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| `") and "Pipeline`" in line}
+    for pipeline in {*PIPELINES.values()} - {"AutoencoderKL", "VQModel"}:
+        for name in [name.partition(":")[2] for name, opens in PIPELINES.items() if opens == pipeline]:
+            assert f"`{name}`" in table[f"`{pipeline}`"], (pipeline, name)
+
+
 # --- settings ---
 
 
@@ -217,7 +309,7 @@ def test_an_unknown_preset_is_one_line_with_those_there_are(file: str) -> None:
 def test_every_preset_is_complete_and_passes_the_checks(name: str) -> None:
     config = preset(name)
     assert {path: type(value) for path, value in configs.flat(config).items()} == {
-        path: type(value) for path, value in configs.flat(configs.base()).items()
+        path: type(value) for path, value in configs.flat(base()).items()
     }
     if config.conditioning.text.enabled and config.conditioning.text.frozen:
         with pytest.raises(UserError, match=r"give its weights with train\.init_from$"):

@@ -60,7 +60,7 @@ class Conditioning:
     def unconditional(self, arrays: Arrays) -> Arrays:
         """What guidance moves away from: the null arrays of conditions that training dropped, an example's own of those it never did."""
         n = len(next(iter(arrays.values()), ()))
-        return arrays | {k: v for c in self.conditioners if c.drop_rate for k, v in c.null(n).items()}
+        return arrays | {k: _as_long(v, arrays[k]) for c in self.conditioners if c.drop_rate for k, v in c.null(n).items()}
 
     def init(self, key: jax.Array) -> Params:
         return {c.name: c.init(jax.random.fold_in(key, i)) for i, c in enumerate(self.conditioners)}
@@ -83,5 +83,10 @@ class Conditioning:
             dropped = jax.random.bernoulli(jax.random.fold_in(key, i), c.drop_rate, (n,))
             for name, value in null.items():
                 mask = dropped.reshape(n, *(1,) * (value.ndim - 1))
-                out[name] = jnp.where(mask, jnp.asarray(value, arrays[name].dtype), arrays[name])
+                out[name] = jnp.where(mask, jnp.asarray(_as_long(value, arrays[name]), arrays[name].dtype), arrays[name])
         return out
+
+
+def _as_long(null: Any, array: Any) -> Any:
+    """A null array cut to the length of what it stands for, which for some conditions may vary."""
+    return null[:, : array.shape[1]] if null.ndim > 1 else null

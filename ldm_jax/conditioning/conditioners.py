@@ -266,7 +266,10 @@ class MaskConditioner:
 
 @dataclass(frozen=True)
 class NeighborsConditioner:
-    """Embeddings of retrieved pictures, attended to as they are. A batch's `neighbors` float32 [B,count,width]; gives "crossattn"."""
+    """Embeddings of retrieved pictures, attended to as they are. A batch's `neighbors` float32 [B,n,width]; gives "crossattn".
+
+    1 <= n <= count, as many for all pictures of a batch: attention has no length of its own.
+    """
 
     count: int
     width: int
@@ -274,7 +277,11 @@ class NeighborsConditioner:
     name: str = "neighbors"
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        return {"neighbors": _array("neighbors", batch["neighbors"], (self.count, self.width), np.float32)}
+        counts = sorted({len(rows) if hasattr(rows, "__len__") else 0 for rows in batch["neighbors"]})
+        if len(counts) != 1 or not 1 <= counts[0] <= self.count:
+            given = " and ".join(map(str, counts))
+            raise UserError(f"neighbors must be 1 to {self.count} embeddings for each image, as many for all, not {given}")
+        return {"neighbors": _array("neighbors", batch["neighbors"], (counts[0], self.width), np.float32)}
 
     def null(self, n: int) -> Arrays:
         return {"neighbors": np.zeros((n, self.count, self.width), np.float32)}

@@ -1,6 +1,5 @@
 """Captions to token ids: a byte-level BPE trained on the captions, or a Hugging Face tokenizer."""
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +10,7 @@ from etils import epath
 from ldm_jax.config import UserError
 
 _PAD, _BOS, _EOS = "[PAD]", "[BOS]", "[EOS]"
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # what transformers reads of a folder besides
 
 
 class Tokenizer:
@@ -19,9 +19,10 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, max_length: int) -> None:
         self._inner = inner
         self.max_length = max_length
-        self._inner.enable_truncation(max_length)
-        padding = self._inner.padding or {}
+        padding, truncation = self._inner.padding or {}, self._inner.truncation or {}
+        self._inner.enable_truncation(max_length, direction=truncation.get("direction", "right"))
         self._inner.enable_padding(
+            direction=padding.get("direction", "right"),
             length=max_length,
             pad_id=padding.get("pad_id", 0),
             pad_token=padding.get("pad_token", _PAD),
@@ -48,22 +49,29 @@ class Tokenizer:
 
     @classmethod
     def pretrained(cls, name: str, max_length: int) -> "Tokenizer":
-        """A `tokenizer.json`, a directory that holds one, or a Hugging Face name or directory. Raises UserError."""
-        if os.path.isfile(name):
-            return cls.load(name, max_length)
-        if os.path.isfile(file := os.path.join(name, "tokenizer.json")):
-            return cls.load(file, max_length)._padded_with(_pad_token(os.path.join(name, "tokenizer_config.json")))
+        """A `tokenizer.json`, a directory that holds one, or a Hugging Face name or directory. Raises UserError.
+
+        The token of padding stands in up to three files of a directory, which may disagree: where there is more than `tokenizer.json`,
+        transformers reads them, and the ids are those that it gives.
+        """
+        folder = os.path.isdir(name)
+        file = os.path.join(name, "tokenizer.json") if folder else name
+        if os.path.isfile(file) and not any(os.path.isfile(os.path.join(name, other)) for other in _BESIDE):
+            return cls.load(file, max_length)
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
         from transformers import AutoTokenizer  # slow to import, and only this branch needs it
 
         try:
-            fast = AutoTokenizer.from_pretrained(name, use_fast=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer {name!r}: {str(error).splitlines()[0]}") from error
+            fast = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, local_files_only=folder)
+        except Exception as error:  # damaged files raise whatever their reader came upon, `tokenizers` a plain `Exception`
+            raise UserError(f"no tokenizer {name!r}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
         if not getattr(fast, "is_fast", False):
             raise UserError(f"tokenizer {name!r} has no fast form (tokenizer.json)")
         inner = fast.backend_tokenizer
-        inner.enable_padding(pad_id=fast.pad_token_id or 0, pad_token=fast.pad_token or _PAD)
+        inner.enable_truncation(max_length, direction=fast.truncation_side)
+        inner.enable_padding(
+            direction=fast.padding_side, pad_id=fast.pad_token_id or 0, pad_token=fast.pad_token or _PAD, pad_type_id=fast.pad_token_type_id
+        )
         return cls(inner, max_length)
 
     @classmethod
@@ -77,12 +85,14 @@ class Tokenizer:
                 raise
             raise UserError(f"cannot read the tokenizer {path}: {error}") from error
 
-    def _padded_with(self, token: str | None) -> "Tokenizer":
-        """The same with another padding token; None leaves it."""
-        if token is None or (number := self._inner.token_to_id(token)) is None:
+    def padded_with(self, token: str | int | None) -> "Tokenizer":
+        """The same with another padding token, given as text or id; None, or one that there is not, leaves it."""
+        text = self._inner.id_to_token(token) if isinstance(token, int) else token
+        if text is None or (number := self._inner.token_to_id(text)) is None:
             return self
-        self._inner.enable_padding(pad_id=number, pad_token=token)
-        return Tokenizer(self._inner, self.max_length)
+        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        inner.enable_padding(**(self._inner.padding or {}) | {"pad_id": number, "pad_token": text})
+        return Tokenizer(inner, self.max_length)
 
     def to_json(self) -> str:
         return self._inner.to_str()
@@ -109,15 +119,3 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [len(texts), max_length]."""
         return np.array([e.ids for e in self._inner.encode_batch(list(texts))], np.int32).reshape(len(texts), self.max_length)
-
-
-def _pad_token(config: str) -> str | None:
-    """What a `tokenizer_config.json` says of padding: `tokenizer.json` beside it often does not."""
-    if not os.path.isfile(config):
-        return None
-    try:
-        with open(config, encoding="utf-8") as file:
-            token = json.load(file).get("pad_token")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read {config}: {error}") from error
-    return token.get("content") if isinstance(token, dict) else token

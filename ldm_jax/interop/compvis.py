@@ -2,10 +2,15 @@
 
 A checkpoint's tensors are named after the module tree there: `model.diffusion_model.*` is the UNet, `first_stage_model.*` the autoencoder,
 `cond_stage_model.*` the conditioner. Files of an autoencoder alone have no prefix.
+
+Of a checkpoint is kept what the networks here read. Not kept, and so not there again in one that is written of it, are the last layer,
+`text_projection` and `logit_scale` of Stable Diffusion 2's OpenCLIP, `to_logits` of BERTEmbedder, whichever of the plain and the averaged
+weights was not taken, and what belongs to training: optimizer, losses, tables of the schedule.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ import numpy as np
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError
 from ldm_jax.interop import text_encoders
+from ldm_jax.interop.architecture import Architecture
 from ldm_jax.interop.compvis_yaml import read_yaml
 from ldm_jax.interop.importing import Networks, Part, build_networks, write_model
 from ldm_jax.interop.keymap import CONV, LINEAR, POINTWISE, POINTWISE_1D, SAME, KeyMap, Rule, fused, key_map, nest, under
@@ -123,7 +129,14 @@ _FIRST_STAGE_AGAIN = r"(encoder|decoder|quantize|quant_conv|post_quant_conv|loss
 
 
 def import_checkpoint(
-    checkpoint: str | Path, yaml: str | Path, output: str | Path, ema: bool = True, tokenizer: str = "", dtype: Any = np.float32
+    checkpoint: str | Path,
+    yaml: str | Path,
+    output: str | Path,
+    ema: bool = True,
+    tokenizer: str = "",
+    dtype: Any = np.float32,
+    key: str | None = None,
+    resolution: int | None = None,
 ) -> list[str]:
     """Writes a model directory of a checkpoint and the YAML file of its architecture.
 
@@ -131,16 +144,18 @@ def import_checkpoint(
       ema: take the moving averages of the UNet, or of an autoencoder alone, where the checkpoint has them.
       tokenizer: a file or name for `Tokenizer.pretrained`; checkpoints have none.
       dtype: of the weights written, float32 or bfloat16.
+      key: which dict of a torch file holds the weights, where it has several (see `load_state_dict`).
+      resolution: of the pictures, in pixels, where it is not the one that the YAML file says.
 
     Returns notes for the user. Raises UserError.
     """
-    architecture, notes = read_yaml(yaml), []
-    weights = open_weights(checkpoint)
+    architecture, notes = _resized(read_yaml(yaml), resolution), []
+    weights = open_weights(checkpoint, key=key)
     scale = architecture.scale
     if scale is None:
         scale = 1.0 / _scale_factor(weights, f"{checkpoint} has no scale_factor, which {yaml} (scale_by_std) says it must hold")
     text = architecture.conditioning.get("text")
-    tokens = Tokenizer.pretrained(tokenizer, text["max_length"]) if tokenizer and text else None
+    tokens = Tokenizer.pretrained(tokenizer, text["max_length"]).padded_with(_padding(text)) if tokenizer and text else None
     if text and not tokens:
         notes.append("no tokenizer: give one with --tokenizer, or the model cannot read prompts")
     origin = {
@@ -158,6 +173,24 @@ def import_checkpoint(
     ignored = (*_IGNORED, *_conditioner_ignored(networks), others)
     write_model(networks, [Part(str(checkpoint), keys, weights, ignored)], tokens, output, dtype)
     return notes
+
+
+def _resized(architecture: Architecture, resolution: int | None) -> Architecture:
+    """The same for pictures of another size; None leaves it. Raises UserError."""
+    if resolution is None:
+        return architecture
+    factor = 2 ** (len(architecture.first_stage["channel_mult"]) - 1)
+    if resolution < 1 or resolution % factor:
+        raise UserError(f"a resolution of {resolution} is no multiple of {factor}, by which the autoencoder makes pictures smaller")
+    return replace(architecture, resolution=resolution)
+
+
+def _padding(text: Mapping[str, Any]) -> str | int | None:
+    """What texts are filled up with there, which a bare tokenizer.json does not say: the end mark in FrozenCLIPEmbedder, zeros in
+    FrozenOpenCLIPEmbedder."""
+    if text["kind"] != "clip":
+        return None
+    return 0 if text["activation"] == "gelu" else "<|endoftext|>"
 
 
 def _scale_factor(weights: Weights, otherwise: str) -> float:

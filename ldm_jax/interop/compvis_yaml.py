@@ -5,7 +5,6 @@ that its network does not have is left out, and noted.
 """
 
 import logging
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from ldm_jax.interop.importing import Networks
 from ldm_jax.interop.text_encoders import CLIP_L14, OPENCLIP_H14
 from ldm_jax.nn.autoencoder import IdentityAutoencoder, VQAutoencoder
 from ldm_jax.nn.clip_text import CLIPText
-from ldm_jax.nn.layers import norm_groups
 from ldm_jax.nn.text_encoder import TextTransformer
 from ldm_jax.nn.unet import UNet
 
@@ -310,6 +308,7 @@ def to_yaml(networks: Networks) -> str:
         "image_size": info["resolution"] // networks.first_stage.network.factor,
         "channels": networks.first_stage.network.latent_channels,
         "scale_factor": 1.0 / scale[0],
+        "use_ema": False,  # or their code would make averages of its own, not find them in the checkpoint, and draw with them
         **conditioning,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": _unet_config(networks)},
         "first_stage_config": first_stage,
@@ -320,10 +319,7 @@ def to_yaml(networks: Networks) -> str:
 
 def _check_groups(networks: Networks, part: str) -> None:
     """Raises UserError where a norm of a network has other than 32 groups: there it always has."""
-    network: Any = networks.denoiser.network if part == "denoiser" and networks.denoiser else networks.first_stage.network
-    norms = re.compile(rf"{part}/(?!.*block_\d+/norm)(.*/)?(norm\d?|norm_out|out_norm)/scale")  # and not those of transformer blocks
-    widths = sorted({shape.shape[0] for leaf, shape in networks.leaves.items() if norms.fullmatch(leaf)})
-    if wrong := [f"{norm_groups(n, network.norm_groups)} of {n} channels" for n in widths if norm_groups(n, network.norm_groups) != 32]:
+    if wrong := [f"{groups} of {width} channels" for width, groups in networks.groups_of_norms(part).items() if groups != 32]:
         has = ", ".join(wrong)
         raise UserError(f"the paper's code has 32 groups in every norm, the {part} here {has}: train with {part}.norm_groups=32")
 
@@ -430,9 +426,11 @@ def _condition_config(one: Any) -> dict[str, Any]:
 
 
 def _clip_config(network: CLIPText, where: str) -> dict[str, Any]:
+    """Of OpenCLIP's 24 layers what counts is how many are read: diffusers' folders of Stable Diffusion 2 have 23 and skip none."""
     sizes = {name: getattr(network, name) for name in CLIP_L14}
     if sizes == CLIP_L14:
         return {"target": f"{where}FrozenCLIPEmbedder"}
-    if sizes == {**OPENCLIP_H14, "skip_last": network.skip_last} and network.skip_last < len(_OPENCLIP_LAYERS):
-        return {"target": f"{where}FrozenOpenCLIPEmbedder", "params": {"freeze": True, "layer": _OPENCLIP_LAYERS[network.skip_last]}}
+    skipped = OPENCLIP_H14["depth"] - (network.depth - network.skip_last)
+    if sizes | {name: OPENCLIP_H14[name] for name in ("depth", "skip_last")} == OPENCLIP_H14 and skipped in range(len(_OPENCLIP_LAYERS)):
+        return {"target": f"{where}FrozenOpenCLIPEmbedder", "params": {"freeze": True, "layer": _OPENCLIP_LAYERS[skipped]}}
     raise UserError("stable-diffusion's files know CLIP's text encoders of ViT-L/14 and ViT-H/14 only")

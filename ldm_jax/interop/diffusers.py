@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm_jax.config import UserError
+from ldm_jax.interop import fields
 from ldm_jax.interop.compvis import transformer_rules
 from ldm_jax.interop.keymap import CONV, LINEAR, POINTWISE, KeyMap, Rule, Tensor, key_map, nest
 from ldm_jax.nn.autoencoder import KLAutoencoder, VQAutoencoder
@@ -99,7 +100,7 @@ def as_saved(keys: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
     return [one(tensor) for tensor in keys]
 
 
-# What a config.json must say for the network to be one of ours: anything else is refused rather than guessed.
+# What a config.json must say, where it says anything, for the network to be one of ours: anything else is refused rather than guessed.
 _UNET_MUST = {
     "center_input_sample": False,
     "flip_sin_to_cos": True,
@@ -109,9 +110,12 @@ _UNET_MUST = {
     "mid_block_scale_factor": 1,
     "act_fn": "silu",
     "norm_eps": 1e-5,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
     "dual_cross_attention": False,
     "addition_embed_type": None,
+    "addition_time_embed_dim": None,
     "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional",
@@ -126,18 +130,64 @@ _UNET_MUST = {
     "cross_attention_norm": None,
     "class_embed_type": None,
     "num_class_embeds": None,
+    "projection_class_embeddings_input_dim": None,
     "add_attention": True,
 }
-_AUTOENCODER_MUST = {"act_fn": "silu", "norm_type": "group", "in_channels": 3, "out_channels": 3}
+_AUTOENCODER_MUST = {"act_fn": "silu", "norm_type": "group", "in_channels": 3, "out_channels": 3, "lookup_from_codebook": False}
+# What is read, and what changes nothing: precision, and what belongs to features that are off.
+_KNOWN: dict[str, fields.Check] = {
+    "block_out_channels": fields.counts,
+    "down_block_types": fields.words,
+    "up_block_types": fields.words,
+    "norm_num_groups": fields.count,
+    "sample_size": fields.free,  # read with the pipeline
+}
+_UNET_KNOWN = _KNOWN | {
+    "in_channels": fields.count,
+    "out_channels": fields.count,
+    "layers_per_block": fields.layers,
+    "mid_block_type": fields.word,
+    "transformer_layers_per_block": fields.layers,
+    "attention_head_dim": fields.maybe(fields.counts),
+    "num_attention_heads": fields.maybe(fields.counts),
+    "cross_attention_dim": fields.maybe(fields.counts),  # the weights say it too
+    "use_linear_projection": fields.flag,
+    "time_embedding_dim": fields.maybe(fields.count),
+    "resnet_time_scale_shift": fields.word,
+    "downsample_type": fields.word,
+    "upsample_type": fields.word,
+    "attn_norm_num_groups": fields.maybe(fields.count),
+    "dropout": fields.number,
+    "upcast_attention": fields.free,
+    "addition_embed_type_num_heads": fields.free,
+    "num_train_timesteps": fields.free,
+}
+_AUTOENCODER_KNOWN = _KNOWN | {
+    "layers_per_block": fields.layers,
+    "latent_channels": fields.count,
+    "vq_embed_dim": fields.maybe(fields.count),
+    "num_vq_embeddings": fields.count,
+    "mid_block_add_attention": fields.flag,
+    "use_quant_conv": fields.flag,
+    "use_post_quant_conv": fields.flag,
+    "scaling_factor": fields.maybe(fields.positive),
+    "shift_factor": fields.maybe(fields.number),
+    "latents_mean": fields.free,  # refused with the pipeline
+    "latents_std": fields.free,
+    "force_upcast": fields.free,
+}
 _NEEDED = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "out_channels")
+_SCALE_SHIFT = {"default": False, "scale_shift": True}
 
 
-def _demand(config: Mapping[str, Any], must: Mapping[str, Any], needed: Sequence[str]) -> None:
+def _demand(config: Mapping[str, Any], must: Mapping[str, Any], known: Mapping[str, fields.Check], needed: Sequence[str]) -> None:
+    what = str(config.get("_class_name", "config.json"))
     if missing := [name for name in needed if config.get(name) is None]:
-        raise UserError(f"{config.get('_class_name', 'config.json')} does not say {', '.join(missing)}")
-    wrong = [f"{name}={config[name]!r}" for name, value in must.items() if name in config and config[name] != value]
-    if wrong:
-        raise UserError(f"{config.get('_class_name', 'config.json')}: {', '.join(wrong)} has no counterpart here")
+        raise UserError(f"{what} does not say {', '.join(missing)}")
+    fields.account(config, what, must, known)
+    levels = {name: len(config[name]) for name in ("block_out_channels", "down_block_types", "up_block_types")}
+    if len({*levels.values()}) > 1:
+        raise UserError(f"{what}: {', '.join(levels)} are of {', '.join(map(str, levels.values()))} levels")
 
 
 def _common(values: Any, what: str) -> Any:
@@ -157,7 +207,12 @@ def _multiples(widths: list[int]) -> dict[str, Any]:
 
 def unet_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `denoiser` group, from the config.json of a UNet2DConditionModel or a UNet2DModel. Raises UserError."""
-    _demand(config, _UNET_MUST, (*_NEEDED, "in_channels"))
+    with fields.understood("the config.json of a UNet"):
+        return _unet_settings(config)
+
+
+def _unet_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    _demand(config, _UNET_MUST, _UNET_KNOWN, (*_NEEDED, "in_channels"))
     conditional = config.get("_class_name") != "UNet2DModel"
     widths = list(config["block_out_channels"])
     with_attention = [i for i, kind in enumerate(config["down_block_types"]) if kind in ("CrossAttnDownBlock2D", "AttnDownBlock2D")]
@@ -166,7 +221,11 @@ def unet_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if len(resample) > 1:
         raise UserError("downsample_type and upsample_type differ, which has no counterpart here")
     _check_blocks(config, with_attention, conditional, resample == {"resnet"})
-    groups, scale_shift = config.get("norm_num_groups", 32), config.get("resnet_time_scale_shift", "default") == "scale_shift"
+    if (time_width := config.get("time_embedding_dim") or 4 * widths[0]) != 4 * widths[0]:
+        raise UserError(f"time_embedding_dim={time_width} has no counterpart here; it would be {4 * widths[0]}")
+    if (norm := config.get("resnet_time_scale_shift", "default")) not in _SCALE_SHIFT:
+        raise UserError(f"resnet_time_scale_shift={norm!r} has no counterpart here; it would be one of {', '.join(_SCALE_SHIFT)}")
+    groups, scale_shift = config.get("norm_num_groups", 32), _SCALE_SHIFT[norm]
     # Of the middle's attention: with scale_shift it has no norm there unless this says so.
     if not conditional and (config.get("attn_norm_num_groups") or (None if scale_shift else groups)) != groups:
         raise UserError(f"attn_norm_num_groups={config.get('attn_norm_num_groups')} has no counterpart here; it would be {groups}")
@@ -270,7 +329,12 @@ def unet_config(
 
 def autoencoder_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `first_stage` group, from the config.json of an AutoencoderKL or a VQModel. Raises UserError."""
-    _demand(config, _AUTOENCODER_MUST, (*_NEEDED, "latent_channels"))
+    with fields.understood("the config.json of an autoencoder"):
+        return _autoencoder_settings(config)
+
+
+def _autoencoder_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    _demand(config, _AUTOENCODER_MUST, _AUTOENCODER_KNOWN, (*_NEEDED, "latent_channels"))
     vq = config.get("_class_name") == "VQModel"
     must = [f"{kind}Block2D" for kind in ("DownEncoder", "UpDecoder", "AttnDownEncoder", "AttnUpDecoder")]
     types = [*config["down_block_types"], *config["up_block_types"]]
@@ -285,7 +349,7 @@ def autoencoder_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {
         "kind": "vq" if vq else "kl",
         **_multiples(list(config["block_out_channels"])),
-        "num_res_blocks": config["layers_per_block"],
+        "num_res_blocks": _common(config["layers_per_block"], "layers_per_block"),
         "attention_levels": tuple(2**i for i, has in enumerate(attends) if has),
         "mid_attention": config.get("mid_block_add_attention", True),
         "norm_groups": config.get("norm_num_groups", 32),

@@ -1,6 +1,6 @@
-"""Key maps of DiT: the authors' own files (Peebles & Xie 2023) and diffusers' DiTTransformer2DModel with its config.json.
+"""The key map of DiT (Peebles & Xie 2023) in diffusers' DiTTransformer2DModel, and its config.json.
 
-There the table of classes is part of the network, here it is the conditioner's. The maps are of both: their `params` are
+There the table of classes is part of the network, here it is the conditioner's. The map is of both: its `params` are
 {"denoiser": the network's, "label": {"embedding": [classes + 1, width]}}, the last row being "no class".
 """
 
@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_jax.config import UserError
-from ldm_jax.interop.keymap import LINEAR, KeyMap, Layout, Rule, fused, key_map, nest
+from ldm_jax.interop import fields
+from ldm_jax.interop.keymap import LINEAR, KeyMap, Layout, Rule, key_map, nest
 from ldm_jax.nn.dit import DiT
 
-# Tensors of the authors' files that no parameter here holds: the positions are fixed, and computed for any size.
-ORIGINAL_IGNORED = ("pos_embed",)
 _NORM_EPSILON = 1e-5  # diffusers' default, where a config.json is older than the field
 _EMBEDDERS = "transformer_blocks.{}.norm1.emb."
 _NEEDED = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "patch_size", "num_embeds_ada_norm")
@@ -28,6 +27,24 @@ _MUST = {
     "num_vector_embeds": None,
     "caption_channels": None,
     "attention_type": "default",
+    "use_additional_conditions": None,
+    "interpolation_scale": None,
+}
+_KNOWN: dict[str, fields.Check] = {
+    "num_attention_heads": fields.count,
+    "attention_head_dim": fields.count,
+    "in_channels": fields.count,
+    "out_channels": fields.maybe(fields.count),
+    "num_layers": fields.layers,
+    "patch_size": fields.count,
+    "num_embeds_ada_norm": fields.count,
+    "norm_eps": fields.positive,
+    "dropout": fields.number,
+    "sample_size": fields.count,
+    # Of other kinds of layers, and of precision.
+    "norm_num_groups": fields.free,
+    "use_linear_projection": fields.free,
+    "upcast_attention": fields.free,
 }
 
 
@@ -37,26 +54,6 @@ def patches(size: int) -> Layout:
         lambda a: (a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),),
         lambda a: a.reshape(size, size, -1, a.shape[-1]).transpose(3, 2, 0, 1),
     )
-
-
-def original_map(network: DiT, params: Mapping[str, Any], prefix: str = "") -> KeyMap:
-    """The map of the authors' files; `params` (arrays or shapes) as above. Raises ValueError for what they have no name for."""
-    block = (
-        Rule("attn/(?P<part>[qkv])", "attn.qkv", fused(1), ("q", "k", "v")),
-        Rule("attn/out", "attn.proj", LINEAR),
-        Rule("mlp_in", "mlp.fc1", LINEAR),
-        Rule("mlp_out", "mlp.fc2", LINEAR),
-        Rule("modulation", "adaLN_modulation.1", LINEAR),
-    )
-    rules = [
-        Rule("denoiser/x_embed", "x_embedder.proj", patches(network.patch_size)),
-        Rule("denoiser/time_embed_([02])", r"t_embedder.mlp.\1", LINEAR),
-        Rule("label", "y_embedder.embedding_table"),
-        *nest(r"denoiser/block_(?P<i>\d+)", r"blocks.\g<i>", block),
-        Rule("denoiser/final_modulation", "final_layer.adaLN_modulation.1", LINEAR),
-        Rule("denoiser/out", "final_layer.linear", LINEAR),
-    ]
-    return key_map(params, rules, prefix)
 
 
 def diffusers_map(network: DiT, params: Mapping[str, Any], prefix: str = "") -> KeyMap:
@@ -92,15 +89,14 @@ def dit_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     The table of classes has `num_embeds_ada_norm` + 1 rows.
     """
-    if missing := [name for name in _NEEDED if name not in config]:
+    what = str(config.get("_class_name", "config.json"))
+    if missing := [name for name in _NEEDED if config.get(name) is None]:
         raise UserError(f"the config.json of a DiT does not say {', '.join(missing)}")
-    wrong = [f"{name}={config[name]!r}" for name, value in _MUST.items() if name in config and config[name] != value]
+    fields.account(config, what, _MUST, _KNOWN)
     channels = config["in_channels"]
     total = config.get("out_channels") or channels
     if total not in (channels, 2 * channels):
-        wrong.append(f"out_channels={total} for in_channels={channels}")
-    if wrong:
-        raise UserError(f"{config.get('_class_name', 'config.json')}: {', '.join(wrong)} has no counterpart here")
+        raise UserError(f"{what}: out_channels={total} for in_channels={channels} has no counterpart here")
     return {
         "kind": "dit",
         "out_channels": channels,

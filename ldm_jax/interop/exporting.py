@@ -1,6 +1,6 @@
 """Model directories into what other programs open: pipelines of diffusers, and checkpoints of the paper's code with their YAML."""
 
-import re
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +21,15 @@ from ldm_jax.interop.keymap import KeyMap, their_shapes, under, write
 from ldm_jax.interop.pipelines import denoiser_map
 from ldm_jax.interop.safetensors_file import Spec, open_weights, write_safetensors
 from ldm_jax.interop.scheduler import to_scheduler
+from ldm_jax.interop.torch_writer import write_checkpoint
 from ldm_jax.latent_diffusion import read_networks
 from ldm_jax.model_directory import WEIGHTS, flatten, stored_name
 from ldm_jax.nn.autoencoder import KLAutoencoder, VQAutoencoder
 from ldm_jax.nn.clip_text import CLIPText
 from ldm_jax.nn.dit import DiT
-from ldm_jax.nn.layers import norm_groups
 from ldm_jax.nn.text_encoder import TextTransformer
+
+logger = logging.getLogger(__name__)
 
 _PT = {"format": "pt"}  # what torch's programs want to read in a safetensors file
 _SHARD = 5 * 2**30  # bytes
@@ -64,8 +66,11 @@ def open_model(path: str | Path) -> Model:
 def _save(path: Path, model: Model, keys: KeyMap) -> None:
     """The tensors of a map as one safetensors file, or several where they are large. Raises UserError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    specs = {name: Spec(shape, np.dtype(np.float32)) for name, shape in their_shapes(keys, model.shapes).items()}
-    write_safetensors(path, _tensors(keys, model), specs, metadata=_PT, max_shard_bytes=_SHARD)
+    write_safetensors(path, _tensors(keys, model), _specs(keys, model), metadata=_PT, max_shard_bytes=_SHARD)
+
+
+def _specs(keys: KeyMap, model: Model) -> dict[str, Spec]:
+    return {name: Spec(shape, np.dtype(np.float32)) for name, shape in their_shapes(keys, model.shapes).items()}
 
 
 def _tensors(keys: KeyMap, model: Model) -> Iterator[tuple[str, np.ndarray]]:
@@ -93,11 +98,19 @@ def _complete(output: str | Path) -> Iterator[Path]:
 
 
 def export_checkpoint(path: str | Path, output: str | Path) -> str:
-    """Writes `model.safetensors`, with the names of the paper's checkpoints, and `config.yaml`. Returns what it is. Raises UserError."""
+    """Writes `model.ckpt`, which `torch.load` opens and whose "state_dict" has the names of the paper's checkpoints, and `config.yaml`.
+
+    There is no second set of averaged weights, as the YAML file says: the weights are those that the model draws with. What no network here
+    reads is not there either, should the model have come from such a checkpoint: OpenCLIP's layers after the one that is read,
+    `text_projection` and `logit_scale`, BERTEmbedder's `to_logits`, the schedule's tables and the losses. The paper's code loads with
+    `strict=False` and draws without them.
+
+    Returns what it is. Raises UserError.
+    """
     model = open_model(path)
     text, keys = to_yaml(model.networks), compvis.model_map(model.networks)
     with _complete(output) as root:
-        _save(root / "model.safetensors", model, keys)
+        write_checkpoint(root / "model.ckpt", _tensors(keys, model), _specs(keys, model))
         (root / "config.yaml").write_text(text)
     return "a checkpoint of latent-diffusion"
 
@@ -148,7 +161,9 @@ def _plan(model: Model) -> tuple[str, list[_Component]]:
     else:
         raise UserError(f"diffusers has no pipeline of latent diffusion whose UNet takes {' and '.join(kinds)}")
     if name in _EXTRA:
-        scheduler["steps_offset"] = 1  # which it would put there itself: with "leading" its times are one later than ours
+        if networks.info["sample"]["spacing"] == "leading":
+            logger.warning("diffusers' %s visits times one later than sample.spacing=leading does; legacy_ldm is drawn exactly", name)
+        scheduler["steps_offset"] = 1  # which it would put there itself
     last = _Component("scheduler", "diffusers", "DDIMScheduler", lambda folder: _write_config(folder, scheduler, "scheduler_config.json"))
     return name, [*components, last]
 
@@ -204,10 +219,9 @@ def _write_config(folder: Path, config: Mapping[str, Any], file: str = "config.j
     write_json(folder / file, {"_diffusers_version": _WRITTEN_FOR, **config})
 
 
-def _groups(model: Model, part: str, fixed: int) -> int:
+def _groups(model: Model, part: str) -> int:
     """The number of groups of every norm of a network. Raises UserError where it differs: there one number is for all."""
-    norms = re.compile(rf"{part}/(?!.*block_\d+/norm)(.*/)?(norm\d?|norm_out|out_norm)/scale")
-    found = {norm_groups(shape.shape[0], fixed) for leaf, shape in model.shapes.items() if norms.fullmatch(leaf)}
+    found = {*model.networks.groups_of_norms(part).values()}
     if len(found) != 1:
         raise UserError(f"the norms of the {part} have {sorted(found)} groups; diffusers wants one number: train with {part}.norm_groups")
     return found.pop()
@@ -219,7 +233,7 @@ def _unet(model: Model, context_dim: int | None) -> _Component:
     linear = bool(model.networks.info.get("origin", {}).get("linear_projections", False))
     in_channels = model.shapes["denoiser/input_0_conv/kernel"].shape[2]
     size = model.networks.info["resolution"] // model.networks.first_stage.network.factor
-    config = diffusers.unet_config(network, in_channels, context_dim, size, _groups(model, "denoiser", network.norm_groups), linear)
+    config = diffusers.unet_config(network, in_channels, context_dim, size, _groups(model, "denoiser"), linear)
     return _network("unet", model, config, denoiser_map(model.networks, linear))
 
 
@@ -261,7 +275,7 @@ def _write_autoencoder(folder: Path, model: Model) -> str:
         raise UserError("diffusers' pipelines scale latents by one number: train with first_stage.latent_scale=std or a number")
     if network.patch_size != 1:
         raise UserError(f"diffusers has no autoencoder of patches: train with first_stage.patch_size=1, not {network.patch_size}")
-    config = diffusers.autoencoder_config(network, model.networks.info["resolution"], _groups(model, "first_stage", network.norm_groups))
+    config = diffusers.autoencoder_config(network, model.networks.info["resolution"], _groups(model, "first_stage"))
     affine = {"scaling_factor": 1.0 / first_stage.scale[0]} | ({"shift_factor": first_stage.shift[0]} if any(first_stage.shift) else {})
     _write_config(folder, {**config, **affine})
     keys = diffusers.autoencoder_map(len(network.channel_mult), model.networks.params["first_stage"])

@@ -1,6 +1,7 @@
 """Models of other programs into model directories, tensor by tensor: memory is that of the largest, however large the model."""
 
 import copy
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ import numpy as np
 
 from ldm_jax.conditioning.build import Model, build_conditioning
 from ldm_jax.conditioning.tokenizer import Tokenizer
-from ldm_jax.config import UserError, base, write_bytes, write_json
+from ldm_jax.config import UserError, write_bytes, write_json
+from ldm_jax.defaults import base
 from ldm_jax.interop.architecture import Architecture
 from ldm_jax.interop.keymap import KeyMap, problems, read
 from ldm_jax.interop.safetensors_file import Spec, Weights, write_safetensors
@@ -29,6 +31,7 @@ from ldm_jax.latent_diffusion import (
     build_denoiser,
 )
 from ldm_jax.model_directory import PARTS, SETTINGS, TOKENIZER, WEIGHTS, Params, flatten, module_settings, stored_name, writing
+from ldm_jax.nn.layers import norm_groups
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,13 @@ class Networks:
     @cached_property
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         return flatten(self.params)
+
+    def groups_of_norms(self, part: str) -> dict[int, int]:
+        """Channels and groups of the group norms in the network of a part, "first_stage" or "denoiser"."""
+        network: Any = self.denoiser.network if part == "denoiser" and self.denoiser else self.first_stage.network
+        norms = re.compile(rf"{part}/(?!.*block_\d+/norm)(.*/)?(norm\d?|norm_out|out_norm)/scale")  # those of transformer blocks have none
+        widths = {shape.shape[0] for leaf, shape in self.leaves.items() if norms.fullmatch(leaf)}
+        return {width: norm_groups(width, network.norm_groups) for width in sorted(widths)}
 
 
 class Part(NamedTuple):
@@ -76,7 +86,7 @@ def build_networks(
     for name, group in architecture.conditioning.items():
         conditioning[name] |= {"enabled": True, **group}
     diffusion = defaults.diffusion.to_dict() | architecture.diffusion
-    guided = any(conditioning[name]["enabled"] for name in ("text", "label", "neighbors"))
+    guided = any(conditioning[name]["enabled"] and conditioning[name]["drop_rate"] > 0 for name in ("text", "label", "neighbors"))
     ours = {"spacing": "legacy_ldm", "guidance": 5.0 if guided else 1.0, "batch_size": 8}
     sample = defaults.sample.to_dict() | ours | architecture.sample
     network = first_stage.network

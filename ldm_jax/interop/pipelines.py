@@ -1,6 +1,5 @@
 """Folders of diffusers: whole pipelines read and written, and autoencoders alone."""
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +8,9 @@ import numpy as np
 
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError
-from ldm_jax.interop import diffusers, dit, text_encoders
+from ldm_jax.interop import diffusers, dit, fields, text_encoders
 from ldm_jax.interop.architecture import Architecture
+from ldm_jax.interop.fields import read_json, understood
 from ldm_jax.interop.importing import Networks, Part, build_networks, write_model
 from ldm_jax.interop.keymap import KeyMap, under
 from ldm_jax.interop.safetensors_file import Weights, open_weights
@@ -18,6 +18,7 @@ from ldm_jax.interop.scheduler import from_scheduler
 from ldm_jax.nn.dit import DiT
 from ldm_jax.nn.unet import UNet
 
+_LARGEST_SIDE = 2**14  # of latents
 _AUTOENCODERS = ("AutoencoderKL", "VQModel")
 _UNETS = ("UNet2DConditionModel", "UNet2DModel")
 _DITS = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in pipelines of before the first
@@ -46,62 +47,68 @@ _TEXT = {
 
 
 class _Folder:
-    """A pipeline's folder: which component is which class, their configurations and weights."""
+    """A pipeline's folder: which component is which class, their configurations and weights (those of a variant, such as fp16)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, variant: str = "") -> None:
         self.path = path
-        index = _read_json(path / "model_index.json")
+        self.variant = variant
+        index = read_json(path / "model_index.json")
         self.pipeline = index.get("_class_name")
-        self.classes = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
+        named = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
+        if wrong := [name for name, made in named.items() if not isinstance(made, str) or Path(name).name != name]:
+            raise UserError(f"{path} / model_index.json: {wrong} are no components")
+        self.classes: dict[str, str] = named
 
-    def find(self, classes: Any) -> str | None:
+    def find(self, classes: Collection[str]) -> str | None:
         """The name of the component that is of one of these classes."""
         return next((name for name, made in self.classes.items() if made in classes), None)
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
-        return {"_class_name": self.classes[name], **_read_json(self.path / name / file)}
+        return {"_class_name": self.classes[name], **read_json(self.path / name / file)}
 
     def weights(self, name: str) -> Weights:
-        return _open(self.path / name)
+        return _open(self.path / name, self.variant)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _open(path: Path, variant: str) -> Weights:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no configuration")
-    return content
-
-
-def _open(path: Path) -> Weights:
-    try:
-        return open_weights(path)
+        return open_weights(path, variant=variant)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def import_folder(path: str | Path, output: str | Path, tokenizer: str = "", dtype: Any = np.float32) -> list[str]:
-    """Writes a model directory of a pipeline's folder, or of an autoencoder's. Returns notes for the user. Raises UserError."""
+def import_folder(path: str | Path, output: str | Path, tokenizer: str = "", dtype: Any = np.float32, variant: str = "") -> list[str]:
+    """Writes a model directory of a pipeline's folder, or of an autoencoder's. Returns notes for the user. Raises UserError.
+
+    `variant` is a word in the names of the weight files to read, such as "fp16".
+    """
     root = Path(path)
     if (root / "model_index.json").exists():
-        return _import_pipeline(_Folder(root), output, tokenizer, dtype)
-    config = _read_json(root / "config.json")
+        with understood(root):
+            found = _read_pipeline(_Folder(root, variant), tokenizer)
+        write_model(found.networks, found.parts, found.tokens, output, dtype)
+        return found.notes
+    with understood(root):
+        networks, parts = _read_autoencoder(root, variant)
+    write_model(networks, parts, None, output, dtype)
+    return []
+
+
+def _read_autoencoder(root: Path, variant: str) -> tuple[Networks, list[Part]]:
+    config = read_json(root / "config.json")
     if config.get("_class_name") not in _AUTOENCODERS:
         raise UserError(f"{root} is a {config.get('_class_name')} alone: give the folder of its whole pipeline, or that of an autoencoder")
     first_stage = diffusers.autoencoder_settings(config)
     architecture = Architecture(first_stage, resolution=_side(config))
     networks = build_networks(architecture, *_latent_scale(config), None, {"format": "diffusers"})
-    write_model(networks, [_autoencoder_part(networks, root, _open(root))], None, output, dtype)
-    return []
+    return networks, [_autoencoder_part(networks, root, _open(root, variant))]
 
 
 def _side(config: Mapping[str, Any]) -> int:
     """`sample_size`, which may be one number or two that agree."""
     size = config.get("sample_size")
     side: Any = size[0] if isinstance(size, list) and len({*size}) == 1 else size
-    if not isinstance(side, int):
+    if not fields.count(side) or side > _LARGEST_SIDE:
         raise UserError(f"{config.get('_class_name')}: sample_size {size} is not the side of a square")
     return side
 
@@ -116,8 +123,8 @@ def _latent_scale(config: Mapping[str, Any], pipeline: str | None = None) -> tup
         return 0.0, 1.0
     if config.get("latents_mean") or config.get("latents_std"):
         raise UserError("latents_mean and latents_std of an autoencoder have no counterpart here yet")
-    default = 1.0 if config.get("_class_name") == "VQModel" else 0.18215
-    return float(config.get("shift_factor") or 0.0), 1.0 / float(config.get("scaling_factor") or default)
+    default, scale = 1.0 if config.get("_class_name") == "VQModel" else 0.18215, config.get("scaling_factor")
+    return float(config.get("shift_factor") or 0.0), 1.0 / float(default if scale is None else scale)
 
 
 def _autoencoder_part(networks: Networks, path: Path, weights: Weights) -> Part:
@@ -133,12 +140,19 @@ def _denoiser_part(networks: Networks, path: Path, weights: Weights, linear: boo
     return Part(str(path), diffusers.as_saved(keys, weights.shapes()) if plain else keys, weights)
 
 
-def _import_pipeline(folder: _Folder, output: str | Path, tokenizer: str, dtype: Any) -> list[str]:
+class _Pipeline(NamedTuple):
+    networks: Networks
+    parts: list[Part]
+    tokens: Tokenizer | None
+    notes: list[str]
+
+
+def _read_pipeline(folder: _Folder, tokenizer: str) -> _Pipeline:
     first, denoiser = folder.find(_AUTOENCODERS), folder.find((*_UNETS, *_DITS))
     text = folder.find(_TEXT)
     if first is None or denoiser is None or "scheduler" not in folder.classes:
         raise UserError(f"{folder.path} is no pipeline of latent diffusion that is known here: it has {folder.classes}")
-    scheduler = from_scheduler(folder.config("scheduler", "scheduler_config.json"))
+    scheduler = from_scheduler(folder.config("scheduler", "scheduler_config.json"), folder.pipeline)
     autoencoder, config = folder.config(first), folder.config(denoiser)
     first_stage = diffusers.autoencoder_settings(autoencoder)
     settings, conditioning = _denoiser_groups(config, first_stage["latent_channels"])
@@ -146,7 +160,7 @@ def _import_pipeline(folder: _Folder, output: str | Path, tokenizer: str, dtype:
         raise UserError(f"{folder.path}: a {config['_class_name']} beside {folder.classes} has no counterpart here")
     if text:
         about = _TEXT[folder.classes[text]]
-        conditioning["text"] = {"kind": about.kind, "frozen": about.kind != "transformer", **about.settings(folder.config(text))}
+        conditioning["text"] = {"kind": about.kind, "frozen": about.kind != "transformer", **_text_settings(about, folder.config(text))}
         if "tokenizer" in folder.classes and not tokenizer:
             tokenizer = str(folder.path / "tokenizer")
     tokens = Tokenizer.pretrained(tokenizer, conditioning["text"].get("max_length", 77)) if text and tokenizer else None
@@ -163,9 +177,18 @@ def _import_pipeline(folder: _Folder, output: str | Path, tokenizer: str, dtype:
         weights = folder.weights(text)
         keys = about.key_map(networks.params["conditioner"]["text"], tuple(weights))
         parts.append(Part(str(folder.path / text), under("conditioner/text", keys), weights, about.ignored))
-    write_model(networks, parts, tokens, output, dtype)
     missing = ["no tokenizer: give one with --tokenizer, or the model cannot read prompts"] if text and not tokens else []
-    return missing + scheduler.notes
+    return _Pipeline(networks, parts, tokens, missing + scheduler.notes)
+
+
+def _text_settings(about: _Text, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises UserError."""
+    settings = about.settings(config)
+    checks = {"activation": fields.word, "skip_last": fields.free, "depth": fields.layers}
+    fields.account(
+        settings, f"the config.json of a {about.kind} text encoder", {}, {name: checks.get(name, fields.count) for name in settings}
+    )
+    return settings
 
 
 def _denoiser_groups(config: Mapping[str, Any], latent_channels: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

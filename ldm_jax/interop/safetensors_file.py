@@ -165,7 +165,7 @@ def _open_shards(index: Path, key: str | None) -> dict[str, _Tensor]:
         places = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(places.values()))
         inside = all(Path(shard).name == shard for shard in shards)  # and nowhere else on this machine
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of weight files: it needs 'weight_map', from tensors to files") from error
     if not inside:
         raise ValueError(f"{index} names files outside of its folder: {_some(shards)}")

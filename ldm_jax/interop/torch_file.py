@@ -28,7 +28,7 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-_STORAGES: dict[str, np.dtype] = {
+STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
@@ -321,7 +321,7 @@ class _Unpickler(pickle._Unpickler):
         self._read_storage = read_storage
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch", "torch.storage") and name in _STORAGES:
+        if module in ("torch", "torch.storage") and name in STORAGES:
             return name
         if function := _FUNCTIONS.get(f"{module}.{name}"):
             return function
@@ -332,8 +332,8 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> np.ndarray:
         match pid:
             case ("storage", str(kind), str(key), _, int(count)) | ("storage", str(kind), str(key), _, int(count), None):
-                if kind in _STORAGES and count >= 0:
-                    return self._read_storage(key, _STORAGES[kind], count)
+                if kind in STORAGES and count >= 0:
+                    return self._read_storage(key, STORAGES[kind], count)
         raise ValueError("it describes a storage in a way that torch does not")  # not how: that can be endless
 
     def _load_call(self) -> None:

@@ -1,6 +1,6 @@
 """Stage 2: the denoiser in latent space, with its conditioners (Rombach et al. 2022, sections 3.2 and 3.3, equations 2 and 3)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ from ldm_jax.latent_diffusion import (
     to_float,
 )
 from ldm_jax.model_directory import check_shapes
-from ldm_jax.sampling import Sampling, check_guidance, check_sampler, make_sampling
+from ldm_jax.sampling import Sampling, check_guidance, check_sampler, is_plain, make_sampling
 from ldm_jax.training import optimizer
 from ldm_jax.training import state as states
 from ldm_jax.training.state import Metrics, State, key_for
@@ -57,6 +57,7 @@ class DiffusionStage:
 
     name = "denoiser"
     initial: Params | None = None
+    remarks: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -87,14 +88,22 @@ class DiffusionStage:
         frozen = {c.name for c in conditioning.conditioners if getattr(c, "frozen", False)}
         self.optimizers = {"all": optimizer.sparing(optimizer.from_config(config.optimizer, config.train.steps), "conditioner", frozen)}
 
-    def start_from(self, params: Params) -> None:
-        """Training will begin with these parameters of denoiser and conditioners. Raises UserError where they do not fit."""
-        expected = jax.eval_shape(lambda key: self.denoiser.init(key, self.latent_shape), jax.random.key(0))
-        self.initial = {name: params[name] for name in expected if name in params}
-        check_shapes(self.initial, expected, "train.init_from")
+    @cached_property
+    def abstract_params(self) -> Params:
+        """Shapes and types of the parameters of denoiser and conditioners."""
+        return jax.eval_shape(lambda key: self.denoiser.init(key, self.latent_shape), jax.random.key(0))
+
+    def start_from(self, params: Params, remarks: Sequence[str] = ()) -> None:
+        """Training will begin with these parameters of denoiser and conditioners; `remarks` are for the user.
+
+        Raises UserError where they do not fit.
+        """
+        self.initial, self.remarks = {name: params[name] for name in self.abstract_params if name in params}, tuple(remarks)
+        check_shapes(self.initial, self.abstract_params, "train.init_from")
 
     def notes(self) -> Iterator[str]:
         """What a user should know before the run."""
+        yield from self.remarks
         if not self.config.data.cache:
             yield "data.cache=False: images are encoded in every step"
         if self.config.conditioning.text.enabled and self.config.conditioning.text.drop_rate == 0 and self.config.sample.guidance != 1:
@@ -186,9 +195,8 @@ class DiffusionStage:
             seed = self.config.sample.seed
             noise, keys = initial_noise(seed, index, self.latent_shape), image_keys(seed, index)
             guidance = float(self.config.sample.guidance)
-            plain = guidance == 1 and self.sampling.guidance.kind != "cfg++"
-            drawn = GenerateInputs(noise, keys, arrays, None if plain else null, guidance)
-            images = generate_jit(self.first_stage, self.denoiser, self.sampling, None, params, drawn)
+            drawn = GenerateInputs(noise, keys, arrays, None if is_plain(self.sampling, guidance) else null, guidance)
+            images, _ = generate_jit(self.first_stage, self.denoiser, self.sampling, None, params, drawn)
             return np.asarray(images), 8, inputs.get("text")
 
     def model(self, params: Params, info: dict[str, Any]) -> LatentDiffusion:
@@ -199,7 +207,7 @@ class DiffusionStage:
 def build_sampling(group: ConfigDict, denoiser: Denoiser) -> Sampling:
     """The settings of a `sample` group, checked against the model that is sampled. Raises UserError."""
     sampling = make_sampling(group)
-    check_guidance(sampling, group.guidance, {}, bool(denoiser.conditioning.conditioners))
+    check_guidance(sampling, float(group.guidance), {}, bool(denoiser.conditioning.conditioners))
     check_sampler(sampling.sampler, denoiser.process, denoiser.prediction)
     return sampling
 

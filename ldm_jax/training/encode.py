@@ -21,6 +21,7 @@ from ldm_jax.latent_diffusion import FirstStage, Params, to_float
 from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated, split_host_arrays
 
 _SHARD = 4096  # examples
+MEASURED = ("std", "channel")  # kinds of scale that are of the statistics of the latents, and no number
 
 
 class Encoder:

@@ -2,12 +2,12 @@
 
 import json
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -31,16 +31,15 @@ from ldm_jax.latent_diffusion import (
     build_denoiser,
     compute_dtype,
     load_first_stage,
-    read_networks,
 )
-from ldm_jax.model_directory import PARTS, TOKENIZER, check_shapes, load_params, read_info
+from ldm_jax.model_directory import find_model, read_info
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.sharding.mesh import check_batch, make_mesh
-from ldm_jax.training import loop, optimizer
+from ldm_jax.training import init_from, loop, optimizer
 from ldm_jax.training.autoencoder import AutoencoderStage, reconstructions
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampling, caption
-from ldm_jax.training.encode import Encoder, ensure_cache, latent_scale, latent_statistics
+from ldm_jax.training.encode import MEASURED, Encoder, ensure_cache, latent_scale, latent_statistics
 
 logger = logging.getLogger(__name__)
 _TOKENIZER_CAPTIONS = 50_000
@@ -61,9 +60,8 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
         return workdir
     if config.task == "autoencoder":
         train_first_stage(config, workdir, source, mesh)
-        return workdir
-    stage, params = ensure_first_stage(config, workdir, source, mesh, command)
-    train_denoiser(config, workdir, source, stage, params, mesh)
+    else:
+        train_denoiser(config, workdir, source, ensure_first_stage(config, workdir, source, mesh, command), mesh)
     return workdir
 
 
@@ -97,10 +95,15 @@ def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> No
                 f"first_stage.train.steps={inner.train.steps} would train the first stage in {workdir.path} further, under a denoiser"
                 " that has learnt its present latents: choose another --workdir, or the steps of before"
             )
-        AutoencoderStage(inner, source)
+        stage = AutoencoderStage(inner, source)
+        if inner.train.init_from and not init_from.begun(first):
+            init_from.check_autoencoder(inner.train.init_from, stage.network)
     if config.task == "diffusion":
         if first is None:
-            autoencoder = fitting_first_stage(config, find_model(config.first_stage.path))[0].network
+            model = find_model(config.first_stage.path)
+            given = fitting_first_stage(config, model)[0]
+            check_scale(config, workdir, model, given)
+            autoencoder = given.network
         else:
             autoencoder = build_autoencoder(config.first_stage.to_dict(), dtype)
         build_loss(config.diffusion)
@@ -110,12 +113,12 @@ def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> No
 def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoencoder: Autoencoder) -> None:
     """Raises UserError where stage 2 cannot be built as it is set, its conditions go nowhere, or the data has nothing for one of them."""
     dtype, text = compute_dtype(config.train.dtype), config.conditioning.text
+    starts = bool(config.train.init_from) and not init_from.begun(workdir)
     tokenizer = None
-    if text.enabled and not (workdir.path / "tokenizer.json").exists():
-        if config.train.init_from:
-            tokenizer = initial_tokenizer(config)
-        elif text.tokenizer != "train":
-            tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
+    if text.enabled and starts:
+        tokenizer = init_from.initial_tokenizer(config)
+    elif text.enabled and text.tokenizer != "train" and not (workdir.path / "tokenizer.json").exists():
+        tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
     about = Model(config.data.resolution, autoencoder.factor, autoencoder.latent_channels, dtype, tokenizer)
     conditioning = build_conditioning(config.conditioning.to_dict(), about)
     denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, autoencoder.latent_channels, dtype)
@@ -126,10 +129,8 @@ def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoenc
         params = abstract_params(FirstStage(autoencoder), denoiser, config.data.resolution)
     except ValueError as error:
         raise UserError(f"denoiser: {error}") from error
-    if config.train.init_from and (tokenizer or not text.enabled):
-        first_stage, other, info = read_networks(find_model(config.train.init_from), dtype)
-        there = abstract_params(first_stage, other, info["resolution"])
-        check_shapes({k: v for k, v in there.items() if k in params}, params, f"train.init_from: {config.train.init_from}")
+    if starts:
+        init_from.check_denoiser(config.train.init_from, denoiser, params)
     needed = [c.name for c in conditioning.conditioners if c.name != "text"]
     if needed:
         Conditioning([c for c in conditioning.conditioners if c.name != "text"]).prepare({k: [v] for k, v in source[0].items()})
@@ -149,18 +150,16 @@ def first_stage_workdir(config: ConfigDict, workdir: WorkDir) -> WorkDir | None:
     return None if config.first_stage.path else workdir.first_stage
 
 
-def ensure_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh: Mesh, command: list[str]) -> tuple[FirstStage, Params]:
-    """The first stage of a diffusion run: another's (`first_stage.path`), or its own, trained now if need be."""
+def ensure_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh: Mesh, command: list[str]) -> Any:
+    """The model directory of a diffusion run's first stage: another's (`first_stage.path`), or its own, trained now if need be."""
     own = first_stage_workdir(config, workdir)
     if own is None:
-        model = find_model(config.first_stage.path)
-    else:
-        inner = configs.first_stage_run(config)
-        if not is_complete(own, inner.train.steps):
-            own.claim(inner, command, versions())
-            train_first_stage(inner, own, source, mesh)
-        model = own.model
-    return fitting_first_stage(config, model)
+        return find_model(config.first_stage.path)
+    inner = configs.first_stage_run(config)
+    if not is_complete(own, inner.train.steps):
+        own.claim(inner, command, versions())
+        train_first_stage(inner, own, source, mesh)
+    return own.model
 
 
 def fitting_first_stage(config: ConfigDict, model: Any) -> tuple[FirstStage, Params]:
@@ -179,18 +178,24 @@ def encode(config: ConfigDict, workdir: WorkDir) -> LatentCache:
     return ensure_cache(config, workdir, Encoder(first_stage, params, _ENCODE_BATCH), source)
 
 
-def find_model(path: str) -> Any:
-    """The model directory that a path means: itself, or that of a work directory. Raises UserError."""
-    root = epath.Path(path)
-    for place in (root, root / "model", root / "first_stage" / "model"):
-        if (place / "model.json").exists():
-            return place
-    raise UserError(f"no model at {path}: it is neither a complete model directory nor a work directory that has one")
+def has_scale(model: Any) -> bool:
+    """Whether the latents of a first stage have a scale of their own: the paper's files of an autoencoder alone say none."""
+    info = read_info(model)
+    return info["task"] != "autoencoder" or info.get("origin", {}).get("format") != "compvis"
 
 
-def load_weights(model: Any) -> Params:
-    """The parameters of a model directory, by part. Raises UserError."""
-    return {part: load_params(model / part) for part in PARTS if (model / part).exists()}
+def check_scale(config: ConfigDict, workdir: WorkDir, model: Any, stage: FirstStage) -> None:
+    """Raises UserError where another scale is asked for than that of the first stage in `model`. A denoiser that has begun has its own."""
+    asked = config.first_stage.latent_scale
+    if asked in MEASURED or _latents_of(workdir).exists() or not has_scale(model):
+        return
+    if any(stage.shift) or not np.allclose(stage.scale, 1.0 / float(asked), rtol=1e-4):
+        factors = ", ".join(f"{1.0 / scale:g}" for scale in stage.scale)
+        shifted = f" after a shift by {', '.join(f'{-shift:g}' for shift in stage.shift)}" if any(stage.shift) else ""
+        raise UserError(
+            f"first_stage.latent_scale={asked}, but the first stage in {model} multiplies its latents by {factors}{shifted}: take these by"
+            " first_stage.latent_scale=std"
+        )
 
 
 def train_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh: Mesh) -> None:
@@ -218,8 +223,8 @@ def _first_stage_weights(config: ConfigDict, workdir: WorkDir, source: Source, m
     if config.first_stage.kind == "identity":
         return build_autoencoder(config.first_stage.to_dict(), compute_dtype(config.train.dtype)), {}, config.train.steps
     stage = AutoencoderStage(config, source)
-    if config.train.init_from:
-        stage.start_from(load_first_stage(find_model(config.train.init_from), np.float32)[1])
+    if config.train.init_from and not init_from.begun(workdir):
+        init_from.start_autoencoder(stage, config.train.init_from)
     state = loop.train(stage, workdir, mesh)
     return stage.network, stage.autoencoder(jax.device_get(state.ema[str(config.ema.decays[0])])), int(state.step)
 
@@ -239,9 +244,10 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
     if not text.enabled:
         return None
     path = workdir.path / "tokenizer.json"
-    if not path.exists():
-        if config.train.init_from:
-            tokenizer = initial_tokenizer(config)
+    starts = bool(config.train.init_from) and not init_from.begun(workdir)
+    if starts or not path.exists():
+        if starts:
+            tokenizer = init_from.initial_tokenizer(config)
         elif text.tokenizer == "train":
             captions = (caption(source, i) for i in range(min(len(source), _TOKENIZER_CAPTIONS)))
             tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length)
@@ -251,46 +257,56 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
     return Tokenizer.load(path, text.max_length)
 
 
-def initial_tokenizer(config: ConfigDict) -> Tokenizer:
-    """The tokenizer of the model that the training starts from. Raises UserError where it has none."""
-    path = find_model(config.train.init_from) / "conditioner" / TOKENIZER
-    if not path.exists():
-        raise UserError(f"train.init_from: {config.train.init_from} has no tokenizer; convert it again with --tokenizer")
-    return Tokenizer.load(path, config.conditioning.text.max_length)
+def learnt_latents(workdir: WorkDir, stage: FirstStage, weights: str) -> FirstStage:
+    """The first stage with the scale of the latents that the denoiser in `workdir` has learnt; `weights` is its fingerprint.
 
-
-def check_latents(workdir: WorkDir, weights: str) -> None:
-    """Raises UserError where the denoiser in `workdir` has learnt the latents of a first stage of another fingerprint."""
+    Raises UserError where they are those of another first stage.
+    """
     path = _latents_of(workdir)
-    if path.exists() and json.loads(path.read_text())["first_stage"] != weights:
+    latents: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"first_stage": weights}
+    if latents["first_stage"] != weights:
         raise UserError(
             f"the denoiser in {workdir.path} has learnt the latents of another first stage: give that one, or choose another --workdir"
         )
+    return replace(stage, shift=tuple(latents.get("shift", stage.shift)), scale=tuple(latents.get("scale", stage.scale)))
 
 
 def _latents_of(workdir: WorkDir) -> Any:
-    """Names the weights of the first stage whose latents the denoiser learns; written before it begins."""
+    """Says which latents the denoiser learns, by the weights of their first stage, their shift and scale; written before it begins."""
     return workdir.path / "latents_of.json"
 
 
-def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, first_stage: FirstStage, params: Params, mesh: Mesh) -> None:
-    """Latents, stage 2, the oracle's table, the model."""
-    encoder = Encoder(first_stage, params, _ENCODE_BATCH)
-    check_latents(workdir, encoder.fingerprint)
+def settle_latents(config: ConfigDict, workdir: WorkDir, source: Source, model: Any, stage: FirstStage, encoder: Encoder) -> FirstStage:
+    """The first stage with the scale that the denoiser learns its latents in, for good: its own, or where it has none what
+    `first_stage.latent_scale` asks for. Raises as `learnt_latents`."""
     if not _latents_of(workdir).exists():
-        configs.write_json(_latents_of(workdir), {"first_stage": encoder.fingerprint})
+        shift, scale = stage.shift, stage.scale
+        if not has_scale(model):
+            kind, mean, std = config.first_stage.latent_scale, np.zeros(1), np.ones(1)
+            if kind in MEASURED:
+                mean, std = latent_statistics(encoder, source, config.first_stage.statistics_examples, config.data.workers)
+            shift, scale = latent_scale(kind, mean, std)
+        configs.write_json(_latents_of(workdir), {"first_stage": encoder.fingerprint, "shift": shift, "scale": scale})
+    return learnt_latents(workdir, stage, encoder.fingerprint)
+
+
+def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: Any, mesh: Mesh) -> None:
+    """Latents of the first stage in the directory `model`, stage 2, the oracle's table, the model."""
+    first_stage, params = fitting_first_stage(config, model)
+    encoder = Encoder(first_stage, params, _ENCODE_BATCH)
+    first_stage = settle_latents(config, workdir, source, model, first_stage, encoder)
     tokenizer = ensure_tokenizer(config, workdir, source)
     data: Source | LatentCache = source
     if config.data.cache:
         data = ensure_cache(config, workdir, encoder, source)
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
-    if config.train.init_from:
-        stage.start_from(load_weights(find_model(config.train.init_from)))
+    if config.train.init_from and not init_from.begun(workdir):
+        init_from.start_denoiser(stage, config.train.init_from)
     state = loop.train(stage, workdir, mesh)
-    model = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))
+    trained = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))
     if config.data.source == "shapes" and config.conditioning.text.enabled:
-        report(config, workdir, model)
-    model.save(workdir.model)
+        report(config, workdir, trained)
+    trained.save(workdir.model)
 
 
 def model_info(config: ConfigDict, step: int) -> dict[str, Any]:
@@ -326,12 +342,12 @@ def restore_model(path: str, step: int | None = None, ema: str | None = None, dt
     config.train.dtype = dtype
     first = find_model(config.first_stage.path or str(workdir.first_stage.path))
     first_stage, first_stage_params = load_first_stage(first, compute_dtype(dtype))
+    first_stage = learnt_latents(workdir, first_stage, weights_fingerprint(first_stage_params))
     text = config.conditioning.text
     if not workdir.checkpoints.exists():
         raise UserError(f"{path} has no checkpoint yet")
     tokenizer = Tokenizer.load(workdir.path / "tokenizer.json", text.max_length) if text.enabled else None
     stage = DiffusionStage(config, first_stage, first_stage_params, [], tokenizer)  # type: ignore[arg-type]
-    check_latents(workdir, weights_fingerprint(first_stage_params))
     with Checkpoints(workdir.checkpoints, config.checkpoint.every, read_only=True) as checkpoints:
         if checkpoints.latest() is None:
             raise UserError(f"{path} has no checkpoint yet")

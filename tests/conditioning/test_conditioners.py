@@ -15,7 +15,8 @@ from ldm_jax.conditioning.build import KINDS, Model, build_conditioning
 from ldm_jax.conditioning.conditioner import Conditioner, Conditioning
 from ldm_jax.conditioning.conditioners import BoxesConditioner, TextConditioner
 from ldm_jax.conditioning.tokenizer import Tokenizer
-from ldm_jax.config import UserError, base
+from ldm_jax.config import UserError
+from ldm_jax.defaults import base
 from ldm_jax.nn.text_encoder import TextTransformer
 from tests import tiny
 
@@ -318,6 +319,18 @@ def test_neighbours_are_attended_to_as_they_are() -> None:
     assert not applied(c, c.null(2))["crossattn"].any()
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_fewer_neighbours_than_there_may_be(count: int) -> None:
+    """What replaces them, in guidance and in training, is as many."""
+    c = conditioning("neighbors", drop_rate=0.5)
+    arrays = c.prepare({"neighbors": list(BATCH["neighbors"][:, :count])})
+    np.testing.assert_array_equal(c.apply({}, arrays)["crossattn"], BATCH["neighbors"][:, :count])
+    away = c.unconditional(arrays)["neighbors"]
+    assert away.shape == (2, count, 16) and not away.any()
+    dropped = c.drop({"neighbors": jnp.ones((64, count, 16))}, jax.random.key(0))["neighbors"]
+    assert dropped.shape == (64, count, 16) and {0.0, 1.0} == set(np.unique(dropped))
+
+
 # --- bad input ---
 
 BOXES = "boxes are rows of"
@@ -348,7 +361,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("low_res", np.full((1, 4, 4, 3), 0.5), "low_res must be uint8 numbers"),
     ("mask", np.zeros((1, 4, 4, 3)), r"mask must be \[4, 4, 4\] for each image, not \[4, 4, 3\]"),
     ("mask", [np.zeros((4, 4, 4)), np.zeros((4, 4, 3))], "not arrays of different shapes"),
-    ("neighbors", np.zeros((1, 3, 16)), r"neighbors must be \[4, 16\] for each image, not \[3, 16\]"),
+    ("neighbors", np.zeros((1, 5, 16)), "neighbors must be 1 to 4 embeddings for each image, as many for all, not 5$"),
+    ("neighbors", np.zeros((1, 0, 16)), "neighbors must be 1 to 4 embeddings for each image, as many for all, not 0$"),
+    ("neighbors", [np.zeros((2, 16)), np.zeros((3, 16))], "as many for all, not 2 and 3$"),
+    ("neighbors", np.zeros((1, 3, 8)), r"neighbors must be \[3, 16\] for each image, not \[3, 8\]"),
+    ("neighbors", [1.0], "neighbors must be 1 to 4 embeddings for each image, as many for all, not 0$"),
     ("neighbors", [[["a"] * 16] * 4], "neighbors must be float32 numbers, not <U1"),
 ]
 

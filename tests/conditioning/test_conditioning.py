@@ -84,7 +84,7 @@ def test_captions_are_dropped_at_their_rate_and_replaced_by_the_empty_one(tokeni
     np.testing.assert_array_equal(dropped[~gone], arrays["tokens"][~gone])
 
 
-@pytest.mark.parametrize("pad", ["[EOS]", {"content": "[EOS]", "lstrip": False}])
+@pytest.mark.parametrize("pad", ["[EOS]", {"__type": "AddedToken", "content": "[EOS]", "lstrip": False}])
 def test_a_folder_pads_with_what_the_file_beside_the_tokenizer_says(tmp_path: Path, pad: Any) -> None:
     trained = Tokenizer.train(["a red square", "a blue disc"], 300, 8)
     (tmp_path / "tokenizer.json").write_text(trained.to_json())
@@ -94,5 +94,5 @@ def test_a_folder_pads_with_what_the_file_beside_the_tokenizer_says(tmp_path: Pa
     assert padded.pad_id == padded(["a"])[0, -1] != trained.pad_id
     assert Tokenizer.load(tmp_path / "tokenizer.json", 8).pad_id == trained.pad_id
     (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(UserError, match=r"cannot read .*tokenizer_config"):
+    with pytest.raises(UserError, match=r"no tokenizer .*Expecting value"):
         Tokenizer.pretrained(str(tmp_path), 8)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.diffusion.grid import SPACINGS, make_grid
 from ldm_jax.diffusion.process import CosineProcess, DiscreteProcess, FlowProcess, SigmaProcess
@@ -185,3 +186,14 @@ def test_churn_is_of_heun() -> None:
     assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 1e-2
     outside = SamplerSettings("heun", 8, churn=4.0, churn_min=1e3, churn_max=1e4)
     np.testing.assert_allclose(sample(network, DISCRETE, "eps", outside, NOISE, KEYS), drawn[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "dpmpp_2m_sde", "heun", "plms", "unipc"])
+def test_the_number_of_devices_does_not_matter(kind: str) -> None:
+    config = SamplerSettings(kind, 6)
+    noise, keys = initial_noise(0, jnp.arange(8), (3, 3, 2)), image_keys(0, jnp.arange(8))
+    draw = jax.jit(lambda noise, keys: sample(network, DISCRETE, "eps", config, noise, keys))
+    split = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+    one, eight = draw(noise, keys), draw(jax.device_put(noise, split), jax.device_put(keys, split))
+    assert eight.sharding.is_equivalent_to(split, noise.ndim)
+    np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5 * float(jnp.abs(one).max()))

@@ -7,11 +7,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
+from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError
 from ldm_jax.interop import compvis
+from ldm_jax.interop.compvis_yaml import read_yaml
 from ldm_jax.interop.exporting import export_checkpoint
+from ldm_jax.interop.torch_file import load_state_dict
 from tests.interop import compvis_files as files
 from tests.interop.compvis_files import changed
 
@@ -71,12 +75,12 @@ def test_there_and_back(kind: str, tmp_path: Path) -> None:
     weights = files.write_checkpoint(tmp_path / "model.safetensors", tensors)
     compvis.import_checkpoint(weights, path, tmp_path / "ours")
     export_checkpoint(tmp_path / "ours", tmp_path / "theirs")
-    again = load_file(tmp_path / "theirs" / "model.safetensors")
+    again = load_state_dict(tmp_path / "theirs" / "model.ckpt", "state_dict")
     assert again.keys() == tensors.keys()
     for name, array in tensors.items():
         np.testing.assert_array_equal(again[name], array, err_msg=name)
     # and the YAML file that was written builds the same model again
-    compvis.import_checkpoint(tmp_path / "theirs" / "model.safetensors", tmp_path / "theirs" / "config.yaml", tmp_path / "again")
+    compvis.import_checkpoint(tmp_path / "theirs" / "model.ckpt", tmp_path / "theirs" / "config.yaml", tmp_path / "again")
     written = {file.relative_to(tmp_path / "ours"): file for file in (tmp_path / "ours").rglob("*") if file.is_file()}
     assert {file.relative_to(tmp_path / "again") for file in (tmp_path / "again").rglob("*") if file.is_file()} == set(written)
     for name, file in written.items():
@@ -87,6 +91,73 @@ def test_there_and_back(kind: str, tmp_path: Path) -> None:
             assert before == after
         else:
             assert file.read_bytes() == other.read_bytes(), name
+
+
+def tokenizer_file(path: Path) -> Path:
+    """A bare tokenizer.json, which says nothing of padding; like CLIP's, its first token is "!" and its last the end mark."""
+    vocabulary = {"!": 0, "a": 1, "b": 2, "<|endoftext|>": 3}
+    path.write_text(tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="!")).to_str())
+    return path
+
+
+@pytest.mark.parametrize(("kind", "filling"), [("clip", 3), ("openclip", 0), ("text and mask", 3)])
+def test_texts_are_padded_as_the_encoders_class_pads_them(kind: str, filling: int, tmp_path: Path) -> None:
+    tokens = tokenizer_file(tmp_path / "tokenizer.json")
+    tensors = files.random_tensors(files.write_yaml(tmp_path, files.TINY[kind]))
+    imported(tmp_path / "x", kind, tensors, tokenizer=str(tokens))
+    made = Tokenizer.load(tmp_path / "x" / "model" / "conditioner" / "tokenizer.json", 8)
+    assert made(["b"]).tolist() == [[2] + 7 * [filling]] and made.pad_id == filling
+    folder = tmp_path / "folder"  # says otherwise of another class
+    folder.mkdir()
+    tokenizer_file(folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "a"}))
+    imported(tmp_path / "y", kind, tensors, tokenizer=str(folder))
+    assert Tokenizer.load(tmp_path / "y" / "model" / "conditioner" / "tokenizer.json", 8).pad_id == filling
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("text", 2), ("unconditional", 2), ("label", 1), ("codebook", 2)])
+def test_another_resolution_than_the_file_says(kind: str, factor: int, tmp_path: Path) -> None:
+    tensors = files.random_tensors(files.write_yaml(tmp_path, files.TINY[kind]))
+    plain, _ = imported(tmp_path / "plain", kind, tensors) if kind != "codebook" else ({}, [])
+    path = files.write_yaml(tmp_path, files.TINY[kind])
+    weights = files.write_checkpoint(tmp_path / "model.safetensors", tensors)
+    compvis.import_checkpoint(weights, path, tmp_path / "model", resolution=24)
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["resolution"] == 24
+    for name, array in plain.items():
+        part, _, rest = name.partition("/")
+        np.testing.assert_array_equal(load_file(tmp_path / "model" / part / "weights.safetensors")[rest], array)
+    export_checkpoint(tmp_path / "model", tmp_path / "back")
+    assert read_yaml(tmp_path / "back" / "config.yaml").resolution == 24
+    for wrong in (0, -8, *([25] if factor > 1 else [])):
+        with pytest.raises(UserError, match=f"a resolution of {wrong} is no multiple of {factor}"):
+            compvis.import_checkpoint(weights, path, tmp_path / "wrong", resolution=wrong)
+
+
+def test_openclip_of_a_folder_that_lacks_the_last_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusers' Stable Diffusion 2 has the layers that are read, and skips none; theirs has one more, and skips it."""
+    path = files.write_yaml(tmp_path, files.TINY["openclip"])
+    tensors = files.random_tensors(path)
+    weights = files.write_checkpoint(tmp_path / "model.safetensors", tensors)
+    compvis.import_checkpoint(weights, path, tmp_path / "skips")
+    shorter = files.TINY_OPENCLIP | {"depth": files.TINY_OPENCLIP["depth"] - 1, "skip_last": 0}
+    with monkeypatch.context() as patched:
+        patched.setattr("ldm_jax.interop.compvis_yaml.OPENCLIP_H14", shorter)
+        patched.setattr("ldm_jax.interop.compvis_yaml._OPENCLIP_LAYERS", ("penultimate",))
+        compvis.import_checkpoint(weights, path, tmp_path / "short")
+    settings = json.loads((tmp_path / "short" / "model.json").read_text())["conditioning"]["text"]
+    assert (settings["depth"], settings["skip_last"]) == (1, 0)
+    for name in ("skips", "short"):
+        export_checkpoint(tmp_path / name, tmp_path / f"{name} there")
+    for file in ("model.ckpt", "config.yaml"):
+        assert (tmp_path / "skips there" / file).read_bytes() == (tmp_path / "short there" / file).read_bytes()
+    assert "layer: penultimate" in (tmp_path / "short there" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("kind", files.TINY)
+def test_only_what_was_trained_to_do_without_its_condition_is_guided(kind: str, tmp_path: Path) -> None:
+    info = files.networks(files.write_yaml(tmp_path, files.TINY[kind])).info
+    guided = kind in ("label", "text", "clip", "openclip", "text and mask", "neighbors")
+    assert info.get("sample", {}).get("guidance", 1.0) == (5.0 if guided else 1.0)
 
 
 SCHEDULE = (

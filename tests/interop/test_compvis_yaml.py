@@ -17,6 +17,7 @@ from ldm_jax.config import load_file as load_config
 from ldm_jax.interop.architecture import Architecture
 from ldm_jax.interop.compvis_yaml import read_yaml, to_yaml
 from ldm_jax.interop.importing import build_networks
+from ldm_jax.interop.text_encoders import OPENCLIP_H14
 from ldm_jax.latent_diffusion import build_autoencoder, build_denoiser
 from tests.interop import compvis_files as files
 from tests.interop.compvis_files import changed
@@ -282,6 +283,20 @@ def converted(architecture: Architecture, shift: float = 0.0) -> str:
 def test_a_model_of_ours_that_their_code_can_build() -> None:
     content = yaml.safe_load(converted(groups()))
     assert content["model"]["params"]["cond_stage_config"] == "__is_unconditional__"
+    assert content["model"]["params"]["use_ema"] is False  # its default is True: averages that no checkpoint of ours holds
+
+
+@pytest.mark.parametrize(("depth", "skip_last", "layer"), [(24, 1, "penultimate"), (23, 0, "penultimate"), (24, 0, "last"), (22, 0, "")])
+def test_the_layers_of_the_released_openclip_that_are_read(depth: int, skip_last: int, layer: str) -> None:
+    """Of 24; diffusers' folders of Stable Diffusion 2 have no more of them than are read."""
+    text = {"kind": "clip", **OPENCLIP_H14, "depth": depth, "skip_last": skip_last}
+    ours = groups(denoiser=_CONTEXT, conditioning={"text": text})
+    if layer:
+        condition = yaml.safe_load(converted(ours))["model"]["params"]["cond_stage_config"]
+        assert condition["target"].endswith(".FrozenOpenCLIPEmbedder") and condition["params"]["layer"] == layer
+    else:
+        with pytest.raises(UserError, match="ViT-H/14 only"):
+            converted(ours)
 
 
 _TEXT = {"kind": "transformer", "width": 64, "depth": 1, "vocab_size": 9, "max_length": 4}

@@ -23,6 +23,7 @@ from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.interop import exporting, importing
 from ldm_jax.interop.compvis import ema_name, import_checkpoint
 from ldm_jax.interop.safetensors_file import Spec, write_safetensors
+from ldm_jax.interop.torch_file import load_state_dict
 from tests import tiny
 from tests.interop import compvis_files as files
 from tests.interop import torch_files
@@ -102,12 +103,13 @@ def test_a_checkpoint_becomes_a_model_that_draws(source: Path, run: Run, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
     assert done(run(convert.main, "--to", "compvis", "--model", "out", "--output", "back")) == ["back: a checkpoint of latent-diffusion"]
-    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["config.yaml", "model.ckpt"]
+    back = load_state_dict(tmp_path / "back" / "model.ckpt", "state_dict")
     given = tensors_of(source, "text")
     assert back.keys() == given.keys()
     for name, array in given.items():
         np.testing.assert_array_equal(back[name], array + np.float32(name.startswith(UNET)), err_msg=name)
-    again = compvis(source, "text", checkpoint="back/model.safetensors", yaml="back/config.yaml", output="again")
+    again = compvis(source, "text", checkpoint="back/model.ckpt", yaml="back/config.yaml", output="again")
     assert done(run(convert.main, *again, f"--tokenizer={source / 'tokenizer.json'}")) == [
         "note: the checkpoint has no moving averages: its plain weights are taken",
         "model: again",
@@ -129,6 +131,26 @@ def test_flags_choose_the_weights_and_their_type(source: Path, run: Run, tmp_pat
     stored = load_file(tmp_path / "out" / "denoiser" / "weights.safetensors")["out_conv.bias"]
     assert stored.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(stored, tensors_of(source, "plain")[f"{UNET}out.2.bias"].astype(ml_dtypes.bfloat16))
+
+
+def test_a_file_with_several_sets_of_weights(source: Path, run: Run, tmp_path: Path) -> None:
+    given = tensors_of(source, "plain")
+    both = {"model": given, "ema": {name: array + np.float32(1) for name, array in given.items()}}
+    path = torch_files.write(tmp_path / "both.ckpt", both)
+    line = refused_and_clean(run, tmp_path, *compvis(source, "plain", checkpoint=path))
+    assert "several sets of tensors; the key is to be one of" in line
+    for key, added in (("model", 0), ("ema", 1)):
+        done(run(convert.main, *compvis(source, "plain", checkpoint=path, key=key, output=key)))
+        stored = load_file(tmp_path / key / "denoiser" / "weights.safetensors")["out_conv.bias"]
+        np.testing.assert_array_equal(stored, given[f"{UNET}out.2.bias"] + np.float32(added))
+    assert "no set of tensors 'odd'" in refused_and_clean(run, tmp_path, *compvis(source, "plain", checkpoint=path, key="odd"))
+
+
+def test_another_resolution(source: Path, run: Run, tmp_path: Path) -> None:
+    assert done(run(convert.main, *compvis(source, "plain", resolution=32))) == ["model: out"]
+    assert ldm_jax.load(str(tmp_path / "out")).sample(num=1, steps=1, seed=0).shape == (1, 32, 32, 3)
+    assert "33 is no multiple of 2" in refused_and_clean(run, tmp_path, *compvis(source, "plain", resolution=33, output="other"))
+    assert "invalid int value: 'big'" in refused_and_clean(run, tmp_path, *compvis(source, "plain", resolution="big", output="other"))
 
 
 def test_an_empty_folder_may_be_there(source: Path, run: Run, tmp_path: Path) -> None:
@@ -174,6 +196,11 @@ def refused_and_clean(run: Run, tmp_path: Path, *arguments: str) -> str:
         (("--to", "diffusers", "--output", "out"), "--to diffusers needs --model"),
         (("--from", "diffusers", "--checkpoint", "x", "--yaml", "y", "--no-ema", "--output", "out"), "takes no --no-ema, --yaml"),
         (("--to", "compvis", "--model", "x", "--dtype", "bfloat16", "--output", "out"), "--to compvis takes no --dtype"),
+        (
+            ("--from", "diffusers", "--checkpoint", "x", "--key", "y", "--resolution", "8", "--output", "out"),
+            "takes no --key, --resolution",
+        ),
+        (("--from", "compvis", "--checkpoint", "x", "--yaml", "y", "--variant", "z", "--output", "out"), "takes no --variant"),
         (("--to", "compvis", "--model", "x", "--output", "gs://bucket/out"), "no folder of a local disk"),
         (("--to", "compvis", "--model", "x", "--output", "out"), "no model at x"),
         (("--from", "diffusers", "--checkpoint", "x", "--output", "out"), "cannot read x/config.json"),
@@ -345,6 +372,25 @@ def folder(pipeline: Path, tmp_path: Path) -> Path:
 
 
 FROM_FOLDER = ("--from", "diffusers", "--checkpoint", "folder", "--output", "out")
+
+
+def test_a_variant_of_a_folders_weights(folder: Path, pipeline: Path, run: Run, tmp_path: Path) -> None:
+    for part in ("unet", "vqvae"):
+        tensors = load_file(folder / part / "diffusion_pytorch_model.safetensors")
+        half = {name: array.astype(np.float16) for name, array in tensors.items()}
+        specs = {name: Spec(array.shape, array.dtype) for name, array in half.items()}
+        write_safetensors(folder / part / "diffusion_pytorch_model.fp16.safetensors", half.items(), specs)
+    for name, variant in (("whole", ()), ("half", ("--variant=fp16",))):
+        assert done(run(convert.main, *FROM_FOLDER[:-1], name, *variant)) == [f"model: {name}"]
+        alone = ("--checkpoint=folder/vqvae", f"--output={name} alone")
+        assert done(run(convert.main, "--from", "diffusers", *alone, *variant)) == [f"model: {name} alone"]
+    for part in ("first_stage", "denoiser"):
+        whole, half = (load_file(tmp_path / name / part / "weights.safetensors") for name in ("whole", "half"))
+        assert any((whole[name] != array).any() for name, array in half.items())
+        for name, array in half.items():
+            np.testing.assert_array_equal(array, whole[name].astype(np.float16).astype(np.float32))
+    assert equal_files(tmp_path / "half" / "first_stage", tmp_path / "half alone" / "first_stage")
+    assert "no weights of the variant 'bf16'" in refused_and_clean(run, tmp_path, *FROM_FOLDER, "--variant=bf16")
 
 
 def test_a_folder_in_shards_is_read_and_a_lost_shard_is_named(folder: Path, pipeline: Path, run: Run, tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ import pytest
 
 from ldm_jax.config import UserError
 from ldm_jax.interop import keymap
-from ldm_jax.interop.dit import ORIGINAL_IGNORED, diffusers_map, dit_config, dit_settings, original_map
+from ldm_jax.interop.dit import diffusers_map, dit_config, dit_settings
 from ldm_jax.model_directory import flatten, unflatten
 from ldm_jax.nn.dit import SIZES, DiT
 
 KEYS = Path(__file__).parent / "keys" / "diffusers_dit_xl2.txt.gz"
 SMALL = DiT(3, width=8, depth=2, num_heads=2, learn_sigma=True, legacy_frequencies=True)
-MAPS = {"original": original_map, "diffusers": diffusers_map}
 
 
 @cache
@@ -43,9 +42,9 @@ def random_leaves() -> Mapping[str, np.ndarray]:
     return {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in flatten(abstract(SMALL, 3, 5)).items()}
 
 
-def written(kind: str) -> dict[str, np.ndarray]:
+def written() -> dict[str, np.ndarray]:
     leaves = random_leaves()
-    return dict(keymap.write(MAPS[kind](SMALL, unflatten(leaves)), leaves.__getitem__))
+    return dict(keymap.write(diffusers_map(SMALL, unflatten(leaves)), leaves.__getitem__))
 
 
 def fields(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,35 +67,10 @@ def test_every_published_tensor_of_diffusers_dit_xl2_has_its_name_and_shape() ->
     assert said.items() <= config.items()
 
 
-def test_every_tensor_of_the_authors_files_has_its_name_and_shape() -> None:
-    expected = {
-        "x_embedder.proj.weight": (8, 3, 2, 2),
-        "x_embedder.proj.bias": (8,),
-        "t_embedder.mlp.0.weight": (8, 256),
-        "t_embedder.mlp.0.bias": (8,),
-        "t_embedder.mlp.2.weight": (8, 8),
-        "t_embedder.mlp.2.bias": (8,),
-        "y_embedder.embedding_table.weight": (6, 8),
-        "final_layer.linear.weight": (24, 8),
-        "final_layer.linear.bias": (24,),
-        "final_layer.adaLN_modulation.1.weight": (16, 8),
-        "final_layer.adaLN_modulation.1.bias": (16,),
-    }
-    rows = {"attn.qkv": (24, 8), "attn.proj": (8, 8), "mlp.fc1": (32, 8), "mlp.fc2": (8, 32), "adaLN_modulation.1": (48, 8)}
-    for i in range(2):
-        for name, shape in rows.items():
-            expected |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
-    leaves = random_leaves()
-    keys = original_map(SMALL, unflatten(leaves))
-    assert keymap.their_shapes(keys, leaves) == expected
-    keymap.check(keys, leaves, expected | {"pos_embed": (1, 16, 8)}, "DiT.pt", ORIGINAL_IGNORED)
-
-
-@pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_what_is_written_is_read_again_exactly(kind: str, prefix: str) -> None:
+def test_what_is_written_is_read_again_exactly(prefix: str) -> None:
     leaves = random_leaves()
-    keys = MAPS[kind](SMALL, unflatten(leaves), prefix)
+    keys = diffusers_map(SMALL, unflatten(leaves), prefix)
     theirs = dict(keymap.write(keys, leaves.__getitem__))
     assert all(name.startswith(prefix) for name in theirs)
     again = list(keymap.read(keys, theirs.__getitem__))
@@ -109,27 +83,16 @@ def test_a_patch_embedding_is_the_strided_convolution_that_is_written() -> None:
     params, x = unflatten(random_leaves())["denoiser"], np.random.default_rng(1).normal(size=(2, 4, 6, 3)).astype(np.float32)
     kwargs = {"capture_intermediates": lambda module, _: module.name == "x_embed", "mutable": ["intermediates"]}
     _, state = SMALL.apply({"params": params}, x, np.zeros(2, np.float32), **kwargs)
-    theirs = written("original")
-    kernel, bias = theirs["x_embedder.proj.weight"], theirs["x_embedder.proj.bias"]
+    theirs = written()
+    kernel, bias = theirs["pos_embed.proj.weight"], theirs["pos_embed.proj.bias"]
     expected = jax.lax.conv_general_dilated(x.transpose(0, 3, 1, 2), kernel, (2, 2), "VALID") + bias[:, None, None]
     (found,) = state["intermediates"]["x_embed"]["__call__"]
     np.testing.assert_allclose(found, expected.transpose(0, 2, 3, 1), atol=1e-4)
 
 
-def test_both_formats_hold_the_same_numbers() -> None:
-    original, diffusers = written("original"), written("diffusers")
-    for i in range(2):
-        for leaf in ("weight", "bias"):
-            parts = [diffusers[f"transformer_blocks.{i}.attn1.to_{name}.{leaf}"] for name in "qkv"]
-            np.testing.assert_array_equal(original[f"blocks.{i}.attn.qkv.{leaf}"], np.concatenate(parts))
-        table = diffusers[f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight"]
-        np.testing.assert_array_equal(table, original["y_embedder.embedding_table.weight"])
-    np.testing.assert_array_equal(diffusers["proj_out_2.weight"], original["final_layer.linear.weight"])
-
-
 @pytest.mark.parametrize("part", ["timestep_embedder.linear_2.bias", "class_embedder.embedding_table.weight"])
 def test_blocks_with_embedders_of_their_own_are_refused(part: str) -> None:
-    theirs = written("diffusers")
+    theirs = written()
     name = f"transformer_blocks.1.norm1.emb.{part}"
     theirs[name] = theirs[name] + 1
     keys = diffusers_map(SMALL, unflatten(random_leaves()))
@@ -137,11 +100,10 @@ def test_blocks_with_embedders_of_their_own_are_refused(part: str) -> None:
         dict(keymap.read(keys, theirs.__getitem__))
 
 
-@pytest.mark.parametrize("kind", MAPS)
-def test_parameters_that_a_format_has_no_name_for_are_errors(kind: str) -> None:
+def test_parameters_that_a_format_has_no_name_for_are_errors() -> None:
     network = DiT(3, width=8, depth=1, num_heads=2, qk_norm=True)
     with pytest.raises(ValueError, match="denoiser/block_0/attn/k_norm/scale has no counterpart there"):
-        MAPS[kind](network, abstract(network, 3, 5))
+        diffusers_map(network, abstract(network, 3, 5))
 
 
 def test_configurations_come_back() -> None:

@@ -251,6 +251,12 @@ def unet(in_channels: int) -> Any:
     return randomised(diffusers.UNet2DModel(**PLAIN_UNET, in_channels=in_channels))
 
 
+def own_betas(**more: Any) -> Any:
+    betas = list(np.linspace(0.01, 0.3, 40) ** 1.5)
+    how: Settings = {"num_train_timesteps": 40, "timestep_spacing": "trailing", "prediction_type": "v_prediction", **NO_CLIP}
+    return diffusers.DDIMScheduler(trained_betas=betas, **how, **more)
+
+
 def dit() -> Any:
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 8}
     network = randomised(diffusers.DiTTransformer2DModel(**sizes))
@@ -264,10 +270,12 @@ PIPELINES: dict[str, Any] = {
     "StableDiffusion": stable_diffusion,
     "LDM": lambda: diffusers.LDMPipeline(vq(), unet(3), scheduler(timestep_spacing="trailing", **NO_CLIP)),
     "LDMSuperResolution": lambda: diffusers.LDMSuperResolutionPipeline(vq(), unet(6), scheduler(prediction_type="sample", **NO_CLIP)),
+    "LDM, betas of its own": lambda: diffusers.LDMPipeline(vq(), unet(3), own_betas(rescale_betas_zero_snr=False)),
+    "LDM, no signal at the end": lambda: diffusers.LDMPipeline(vq(), unet(3), own_betas(rescale_betas_zero_snr=True)),
     "DiT": dit,
 }
 MEANING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
-MEANING += ("steps_offset", "set_alpha_to_one")
+MEANING += ("steps_offset", "set_alpha_to_one", "trained_betas", "rescale_betas_zero_snr")
 TEXTS = ["", "red", "a red circle", "ring of a red circle " * 40, "ünï 漢字 🙂", "RED  ring\n!"]
 
 
@@ -291,8 +299,10 @@ def assert_passes_both_ways(pipe: Any, path: Path, **how: Any) -> None:
         elif isinstance(part, torch.nn.Module):
             state = getattr(again, name).state_dict()
             assert all(torch.equal(state[key], value) for key, value in part.state_dict().items() if "to_logits" not in key)
-    configs = [{name: found.scheduler.config[name] for name in MEANING} for found in (again, pipe)]
+    configs = [{name: found.scheduler.config.get(name, False) for name in MEANING} for found in (again, pipe)]
     assert configs[0] == configs[1]
+    process = ldm_jax.load(path / "model").denoiser.process
+    np.testing.assert_allclose(process.alpha(np.arange(process.num_steps)) ** 2, pipe.scheduler.alphas_cumprod, rtol=2e-5, atol=1e-9)
     if hasattr(pipe, "tokenizer"):
         assert again.tokenizer.model_max_length == pipe.tokenizer.model_max_length
         assert torch.equal(read(again), read(pipe))
@@ -304,6 +314,44 @@ def assert_passes_both_ways(pipe: Any, path: Path, **how: Any) -> None:
 def test_their_pipelines_pass_both_ways(name: str, tmp_path: Path) -> None:
     how = {"max_shard_size": "20KB"} if name == "StableDiffusion" else {}
     assert_passes_both_ways(PIPELINES[name](), tmp_path, **how)
+
+
+SCHEDULERS: dict[str, Any] = {
+    "StableDiffusion": lambda: scheduler(**NO_CLIP, steps_offset=1, set_alpha_to_one=False),
+    "StableDiffusion, what it forces": lambda: scheduler(set_alpha_to_one=False),
+    "StableDiffusion, PNDM": lambda: scheduler(diffusers.PNDMScheduler, skip_prk_steps=True, steps_offset=1),
+    "LDMTextToImage": lambda: scheduler(**NO_CLIP, steps_offset=1, set_alpha_to_one=False),
+    "LDMTextToImage, times from 0": lambda: scheduler(**NO_CLIP),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_imported_pipelines_draw_what_theirs_draw(name: str, tmp_path: Path, floats: Any) -> None:
+    pipe = PIPELINES[name.partition(",")[0]]()
+    pipe.register_modules(scheduler=SCHEDULERS[name]())
+    autoencoder = pipe.vae if hasattr(pipe, "vae") else pipe.vqvae
+    with torch.no_grad():
+        autoencoder.decoder.conv_out.weight.mul_(0.3)
+        autoencoder.decoder.conv_out.bias.mul_(0.3)
+    pipe.save_pretrained(tmp_path / "theirs")
+    assert import_folder(tmp_path / "theirs", tmp_path / "model") == []
+    model, pipe = ldm_jax.load(tmp_path / "model"), opened(tmp_path / "theirs")
+    latents = to_torch(np.asarray(initial_noise(SEED, np.arange(2), model.latent_shape)))
+    height, width = (side * autoencoder_factor(model) for side in model.latent_shape[:2])
+    for steps in (5, 20):
+        how: Settings = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "latents": latents, "height": height, "width": width}
+        theirs = pipe(PROMPTS, output_type="np", **how).images
+        assert_same_pictures(model.sample(prompts=PROMPTS, steps=steps, guidance=GUIDANCE, seed=SEED), theirs)
+
+
+def autoencoder_factor(model: LatentDiffusion) -> int:
+    return model.first_stage.network.factor
+
+
+def test_a_pipeline_that_moves_the_times_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "model", architecture(KL, CROSS, spacing="leading", text=CLIP))
+    export_folder(tmp_path / "model", tmp_path / "folder")
+    assert "one later" in caplog.text
 
 
 @pytest.mark.parametrize("make", [lambda: diffusers.AutoencoderKL(**AE, scaling_factor=0.3, shift_factor=0.2), vq], ids=["KL", "VQ"])
@@ -329,6 +377,34 @@ def test_files_of_older_tokenizers_are_read(tmp_path: Path) -> None:
         assert import_folder(tmp_path / name, tmp_path / "model") == []
         (text,) = ldm_jax.load(tmp_path / "model").denoiser.conditioning.conditioners
         np.testing.assert_array_equal(text.tokenizer(TEXTS), read(pipe))
+
+
+PADDING: dict[str, dict[str, Any]] = {
+    "as saved": {},
+    "another in the configuration": {"tokenizer_config.json": {"pad_token": "!"}},
+    "another in the old list": {"special_tokens_map.json": {"pad_token": "!"}},
+    "two others": {"tokenizer_config.json": {"pad_token": "re"}, "special_tokens_map.json": {"pad_token": "!"}},
+    "on the left": {"tokenizer_config.json": {"padding_side": "left", "truncation_side": "left"}},
+    "as an object": {"tokenizer_config.json": {"pad_token": {"content": "!", "__type": "AddedToken", "special": True}}},
+}
+
+
+@pytest.mark.parametrize("name", PADDING)
+def test_padding_is_what_transformers_pads_with(name: str, tmp_path: Path) -> None:
+    clip_tokenizer().save_pretrained(tmp_path)
+    inner = json.loads((tmp_path / "tokenizer.json").read_text())
+    inner["padding"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(inner))
+    for file, said in PADDING[name].items():
+        before = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+        (tmp_path / file).write_text(json.dumps(before | said))
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    expected = theirs(TEXTS, padding="max_length", truncation=True, max_length=77).input_ids
+    found = Tokenizer.pretrained(str(tmp_path), 77)
+    np.testing.assert_array_equal(found(TEXTS), expected)
+    assert found.pad_id == theirs.pad_token_id
+    (tmp_path / "ours.json").write_text(found.to_json())
+    np.testing.assert_array_equal(Tokenizer.load(tmp_path / "ours.json", 77)(TEXTS), expected)
 
 
 REFUSED: dict[str, tuple[Architecture, str]] = {
@@ -378,7 +454,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "a component is missing": (without("vae"), "vae"),
     "channels of unknown meaning": (saying("unet/config.json", in_channels=8), "4 channels of input beside the latents"),
     "an unknown text encoder": (saying("model_index.json", text_encoder=["transformers", "BloomModel"]), "BloomModel"),
-    "betas of its own": (saying("scheduler/scheduler_config.json", trained_betas=[0.1]), "trained_betas"),
+    "betas that are too few": (saying("scheduler/scheduler_config.json", trained_betas=[0.1]), "1 betas for .* 1000 steps"),
 }
 
 
@@ -395,6 +471,6 @@ def test_damaged_folders_are_one_error(name: str, shards: Path, tmp_path: Path) 
 
 def test_what_their_sampler_does_besides_is_told(shards: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "folder"))
-    saying("scheduler/scheduler_config.json", clip_sample=True)(folder)
+    saying("scheduler/scheduler_config.json", set_alpha_to_one=True)(folder)
     (note,) = import_folder(folder, tmp_path / "model")
-    assert "clip_sample" in note
+    assert "set_alpha_to_one=True beside 'legacy_ldm'" in note

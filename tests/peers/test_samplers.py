@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ldm_jax.diffusion.grid import make_grid
-from ldm_jax.diffusion.process import DiscreteProcess
-from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, trajectory
+from ldm_jax.diffusion.process import DiscreteProcess, FlowProcess, SigmaProcess
+from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample, trajectory
 
 pytestmark = pytest.mark.peers
 
@@ -139,3 +139,65 @@ def test_trajectories(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) ->
     expected = theirs(name, scheduler, steps, noise, fresh_noise(keys, steps + 1), monkeypatch)
     found = jax.jit(lambda noise: trajectory(denoise, process, case.prediction, settings, noise, keys).x0)(noise)
     np.testing.assert_allclose(found, expected, rtol=0, atol=(1e-5 if steps <= 50 else 1e-4) * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50, 250])
+@pytest.mark.parametrize(("kind", "shift"), [("euler", 1.0), ("euler", 3.0), ("flow_heun", 1.0)])
+def test_rectified_flow(kind: str, shift: float, steps: int) -> None:
+    """Their Heun has no last time but its least sigma: both are given the same times, ours ending at 0 as theirs does after them."""
+    sigmas = np.linspace(1, 0, steps + 1)[:-1]
+    noise = np.asarray(initial_noise(0, jnp.arange(2), SHAPE))
+    process = FlowProcess(shift)
+    settings = SamplerSettings(kind, steps)
+    if kind == "euler":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=list(sigmas))
+    else:
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+        scheduler.set_timesteps(steps)
+        scheduler.sigmas = torch.from_numpy(np.concatenate([[1.0], np.repeat(sigmas[1:], 2), [0.0]])).float()
+        scheduler.timesteps = 1000 * scheduler.sigmas[:-1]
+    x = torch.from_numpy(noise)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(torch, x, float(t)), t, x).prev_sample
+    found = sample(lambda x, t: network(jnp, x, 1000 * t[0]), process, "flow", settings, jnp.asarray(noise))
+    np.testing.assert_allclose(found, x.numpy(), rtol=0, atol=(1e-5 if steps <= 50 else 1e-4) * np.abs(x.numpy()).max())
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 20, 50, 250])
+def test_edm(steps: int) -> None:
+    """Their Euler begins with sqrt(sigma^2 + 1) z as ours does, and asks the network for log(sigma)/4."""
+    scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+    scheduler.set_timesteps(steps)
+    noise = np.asarray(initial_noise(0, jnp.arange(2), SHAPE))
+    x = torch.from_numpy(noise) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(torch, scheduler.scale_model_input(x, t), float(t)), t, x).prev_sample
+    process = SigmaProcess(sigma_data=0.5)
+
+    def denoise(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        return network(jnp, process.input_scale(sigma[0]) * x, 0.25 * jnp.log(sigma[0]))
+
+    settings = SamplerSettings("euler", steps, spacing="karras")
+    found = sample(denoise, process, "edm", settings, jnp.asarray(noise))
+    with jax.enable_x64(True):
+        exact = np.asarray(sample(denoise, process, "edm", settings, jnp.asarray(noise, jnp.float64)))
+    # Two large steps from sigma 80 leave little but rounding: nearer than their own float32 to the exact result is near enough.
+    tolerance = max((1e-5 if steps <= 50 else 1e-4) * np.abs(exact).max(), 2 * np.abs(x.numpy() - exact).max())
+    np.testing.assert_allclose(found, x.numpy(), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(x.numpy(), exact, rtol=0, atol=1e-4 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "linear", "squaredcos_cap_v2"])
+def test_tables(name: str) -> None:
+    """Ours are float64 products, theirs float32: sigma differs by up to 5e-5."""
+    ours = {"scaled_linear": "linear", "linear": "linear_beta", "squaredcos_cap_v2": "cosine"}[name]
+    ends = {} if ours == "cosine" else {"beta_start": 0.00085, "beta_end": 0.012}
+    theirs = diffusers.DDIMScheduler(beta_schedule=name, **ends).alphas_cumprod.double().numpy()
+    process = DiscreteProcess(ours, *ends.values())
+    times = np.arange(1000)
+    np.testing.assert_allclose(process.sigma(times), np.sqrt(1 - theirs), atol=5e-5)
+    np.testing.assert_allclose(process.alpha(times), np.sqrt(theirs), atol=5e-5)
+    rescaled = diffusers.DDIMScheduler(beta_schedule=name, **ends, rescale_betas_zero_snr=True).alphas_cumprod.double().numpy()
+    zero = DiscreteProcess(ours, *ends.values(), zero_terminal_snr=True)
+    np.testing.assert_allclose(zero.alpha(times), np.sqrt(rescaled), atol=5e-5)

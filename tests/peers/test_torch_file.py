@@ -3,6 +3,7 @@
 import collections
 import sys
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from ldm_jax.config import UserError
 from ldm_jax.interop.safetensors_file import open_weights, write_safetensors
 from ldm_jax.interop.torch_file import load_state_dict
+from ldm_jax.interop.torch_writer import write_checkpoint
 
 pytestmark = pytest.mark.peers
 
@@ -190,6 +192,24 @@ def test_torch_reads_what_is_streamed_from_its_own_file(tmp_path: Path) -> None:
     assert read.keys() == state.keys()
     for name, tensor in state.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+
+
+@pytest.mark.parametrize("limit", [zipfile.ZIP64_LIMIT, 50], ids=["small", "as if larger than 4 GiB"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_torch_reads_the_checkpoints_that_are_written(limit: int, mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {name: tensor.detach() for name, tensor in _state().items()}
+    torch.save(state, tmp_path / "theirs.pt")
+    weights = open_weights(tmp_path / "theirs.pt")
+    with monkeypatch.context() as patched:
+        patched.setattr(zipfile, "ZIP64_LIMIT", limit)
+        write_checkpoint(tmp_path / "ours.ckpt", weights.items(), weights.specs())
+    read = torch.load(tmp_path / "ours.ckpt", weights_only=True, mmap=mapped)["state_dict"]
+    assert list(read) == list(state)
+    for name, tensor in state.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) and read[name].is_contiguous()
+    modules = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4, bias=False)})
+    assert modules.load_state_dict({"a.weight": read["parameter"]}).missing_keys == []
+    assert torch.equal(modules["a"].weight, state["parameter"])
 
 
 def test_hugging_face_loads_the_shards_that_are_written(tmp_path: Path) -> None:

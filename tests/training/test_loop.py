@@ -42,6 +42,7 @@ class LineStage:
     """
 
     name = "line"
+    initial = None
 
     def __init__(self, config: Any, source: Any, on_batch: Callable[[int], None] = lambda step: None, width: int = 4) -> None:
         self.config, self.source, self.on_batch, self.width = config, source, on_batch, width

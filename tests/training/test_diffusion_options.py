@@ -1,0 +1,100 @@
+"""Processes, weightings and noise as configurations set them: one update each, and what makes no sense."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.config import UserError
+from ldm_jax.sharding.mesh import make_mesh, replicated, to_global
+from ldm_jax.training import loop
+from ldm_jax.training.diffusion import DiffusionStage, with_log_variance
+from tests import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    with tiny.quick_compilation():
+        yield
+
+
+def stage_of(**settings: Any) -> DiffusionStage:
+    config = tiny.config()
+    sample = settings.pop("sample", {})
+    config.diffusion.update(settings)
+    config.sample.update(sample)
+    return tiny.diffusion_stage(config)
+
+
+def updated(stage: DiffusionStage, steps: int = 2) -> tuple[Any, Any, list[float]]:
+    """(first state, last state, losses) of some updates on one batch."""
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        first = state = loop.init_state(stage, mesh)
+        first = jax.device_get(first)
+        step = loop.make_step(stage, mesh, state)
+        batch = to_global(stage.batches().batch(0), mesh)
+        root = jax.device_put(jax.random.key(0), replicated(mesh))
+        losses = []
+        for _ in range(steps):
+            state, metrics = step(state, batch, root, False)
+            losses.append(float(metrics["loss"]))
+    return first, jax.device_get(state), losses
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"process": "sigma", "prediction": "edm", "weighting": "edm", "time_sampling": "log_normal", "time_mean": -1.2, "time_std": 1.2},
+        {"process": "cosine", "prediction": "v", "weighting": "sigmoid", "shift": 0.5},
+        {"schedule": "linear", "prediction": "v", "zero_terminal_snr": True, "weighting": "soft_min_snr"},
+        {"prediction": "eps", "vlb_weight": 0.001, "offset_noise": 0.1, "input_perturbation": 0.1, "loss": "huber"},
+        {"process": "flow", "prediction": "flow", "time_sampling": "mode", "mode_scale": 1.29, "learn_log_variance": True},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_configuration_trains_and_previews(settings: dict[str, Any]) -> None:
+    stage = stage_of(**settings)
+    first, last, losses = updated(stage)
+    assert np.all(np.isfinite(losses)) and int(last.skipped) == 0
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.params["denoiser"], last.params["denoiser"])
+    assert any(jax.tree.leaves(moved))
+    images, _, _ = stage.preview(last)
+    assert images.dtype == np.uint8 and images.std() > 0
+
+
+def test_the_learned_log_variance_is_of_the_loss_and_not_of_the_model() -> None:
+    first, last, _ = updated(stage_of(learn_log_variance=True))
+    assert not first.params["log_variance"].any() and last.params["log_variance"].any()
+    assert all("log_variance" not in trees for trees in last.ema.values())
+
+
+def test_its_best_value_is_the_log_of_the_mean_loss() -> None:
+    """d/du (l exp(-u) + u) = 0 at u = log l, for each noise level by itself."""
+    loss, fraction = jnp.asarray([1.0, 3.0, 5.0]), jnp.asarray([0.1, 0.12, 0.9])
+    table = jnp.zeros(4).at[0].set(jnp.log(2.0)).at[3].set(jnp.log(5.0))
+    gradient = jax.grad(lambda table: with_log_variance(loss, table, fraction).sum())(table)
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+    np.testing.assert_allclose(with_log_variance(loss, jnp.zeros(4), fraction), loss)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"process": "flow", "vlb_weight": 0.1, "prediction": "flow"}, "vlb_weight is of discrete processes"),
+        ({"process": "flow", "prediction": "eps"}, "'eps' does not determine x_0 at t=1"),
+        ({"zero_terminal_snr": True, "prediction": "eps"}, "'eps' does not determine x_0 at t=999"),
+        ({"process": "sigma", "sigma_min": 2.0, "sigma_max": 1.0}, "0 < sigma_min < sigma_max"),
+        ({"schedule": "given", "start": None, "end": None}, "0 betas for schedule 'given'"),
+        ({"prediction": "v", "sample": {"spacing": "karras", "sampler": "plms", "eta": 0.5}}, "'plms' has no eta"),
+        ({"prediction": "v", "sample": {"guidance_kind": "cfg++"}}, "takes a scale from 0 to 1"),
+        ({"process": "flow", "prediction": "flow", "sample": {"spacing": "karras"}}, "need noise between 0 and infinity"),
+        ({"process": "flow", "prediction": "flow", "sample": {"sampler": "heun"}}, "needs some signal at the first time"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        stage_of(**settings)
