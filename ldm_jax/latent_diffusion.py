@@ -27,6 +27,7 @@ from ldm_jax.diffusion.grid import make_grid
 from ldm_jax.diffusion.guidance import autoguided, guided
 from ldm_jax.diffusion.process import PROCESSES, DiscreteProcess, Process, expand, make_process
 from ldm_jax.diffusion.samplers import Known, SamplerSettings, image_keys, initial_noise, invert, start_of, trajectory
+from ldm_jax.diffusion.schedules import WITHOUT_ENDS
 from ldm_jax.model_directory import (
     PARTS,
     TOKENIZER,
@@ -212,6 +213,8 @@ def build_process(group: Mapping[str, Any]) -> Process:
     """The process of a `diffusion` group. Raises UserError."""
     known = {field.name for field in fields(PROCESSES.get(group["process"], DiscreteProcess))}
     settings = {name: tuple(group[name]) if name == "betas" else group[name] for name in known if name in group}
+    if settings.get("schedule") in WITHOUT_ENDS:
+        settings |= {"start": None, "end": None}  # whatever the defaults are
     try:
         return make_process(group["process"], **settings)
     except ValueError as error:

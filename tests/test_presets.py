@@ -24,15 +24,16 @@ from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.sources import make_source
 from ldm_jax.defaults import base
-from ldm_jax.diffusion.samplers import SamplerSettings, image_keys
+from ldm_jax.diffusion.samplers import image_keys
 from ldm_jax.interop import exporting
 from ldm_jax.interop.compvis import model_map
 from ldm_jax.interop.compvis_yaml import to_yaml
 from ldm_jax.interop.importing import Networks
-from ldm_jax.latent_diffusion import Denoiser, FirstStage, build_autoencoder, build_denoiser, generate, init_autoencoder
+from ldm_jax.latent_diffusion import Denoiser, FirstStage, GenerateInputs, build_autoencoder, build_denoiser, generate, init_autoencoder
 from ldm_jax.model_directory import flatten
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.presets import FIRST_STAGES
+from ldm_jax.sampling import make_sampling
 from ldm_jax.training.run import check_components
 
 FILES = {path.stem: path for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))}
@@ -197,10 +198,10 @@ def test_a_preset_samples_whether_or_not_it_can_be_trained(name: str) -> None:
     config, (autoencoder, denoiser) = preset(name), stages(name)
     assert denoiser is not None
     params = {**abstract(name), "first_stage": abstract_first_stage(autoencoder, config.data.resolution)}
-    settings = SamplerSettings(config.sample.sampler, 2, config.sample.eta, config.sample.spacing)
-    draw = partial(generate, FirstStage(autoencoder), denoiser, settings)
+    draw = partial(generate, FirstStage(autoencoder), denoiser, make_sampling(config.sample, steps=2), None)
     arrays, noise = denoiser.conditioning.null(1), np.zeros((1, *latent_shape(name)), np.float32)
-    images = jax.eval_shape(draw, params, noise, arrays, arrays, config.sample.guidance, image_keys(0, np.arange(1)))
+    inputs = GenerateInputs(noise, image_keys(0, np.arange(1)), arrays, arrays, config.sample.guidance)
+    images = jax.tree.leaves(jax.eval_shape(draw, params, inputs))[0]
     assert images.shape == (1, config.data.resolution, config.data.resolution, 3) and images.dtype == np.uint8
 
 

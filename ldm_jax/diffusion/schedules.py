@@ -44,7 +44,7 @@ def cosine(num_steps: int) -> np.ndarray:
 
 SCHEDULES: dict[str, Callable[..., np.ndarray]] = {"linear": linear, "linear_beta": linear_beta, "sqrt": sqrt, "cosine": cosine}
 GIVEN = "given"
-_WITHOUT_ENDS = {"cosine", GIVEN}
+WITHOUT_ENDS = {"cosine", GIVEN}
 
 
 def make_betas(kind: str, num_steps: int, start: float | None = None, end: float | None = None, betas: Sequence[float] = ()) -> np.ndarray:
@@ -63,7 +63,7 @@ def make_betas(kind: str, num_steps: int, start: float | None = None, end: float
     if num_steps < 2:
         raise ValueError(f"a schedule needs at least 2 steps, got num_steps={num_steps}")
     ends = {name: value for name, value in (("start", start), ("end", end)) if value is not None}
-    if ends and kind in _WITHOUT_ENDS:
+    if ends and kind in WITHOUT_ENDS:
         raise ValueError(f"schedule {kind!r} has no {' or '.join(ends)}: leave them at None")
     if len(betas) != (num_steps if kind == GIVEN else 0):
         raise ValueError(f"{len(betas)} betas for schedule {kind!r} of {num_steps} steps: 'given' takes one a step, others none")
