@@ -181,6 +181,7 @@ def same(a: dict, b: dict) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_model_and_takes_its_first_stage_and_tokenizer(tmp_path: Path) -> None:
     def config() -> ConfigDict:
         cfg = tiny.config()

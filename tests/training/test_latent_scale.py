@@ -79,6 +79,7 @@ def test_one_with_a_scale_keeps_it_and_another_number_is_refused(origin: dict, c
         check_scale(config, WorkDir(tmp_path / "new"), config.first_stage.path, save_first_stage(config, 0.3, 1 / 0.18215))
 
 
+@pytest.mark.slow
 def test_a_run_learns_samples_and_goes_on_in_the_measured_scale(config: ConfigDict, tmp_path: Path) -> None:
     stage, cache = save_first_stage(config, **ALONE), jax.config.jax_compilation_cache_dir
     with tiny.quick_compilation():
