@@ -75,7 +75,7 @@ def sampled(kind: str, steps: int, start: np.ndarray) -> np.ndarray:
     else:
         solver = solvers.SOLVERS[kind.split()[0]]
         churn = 0.2 * steps if "churn" in kind else 0.0
-        table = solver.table(PROCESS, grid, solvers.Options(eta=solver.eta or 0.0, churn=churn, churn_min=0.1, churn_max=5.0))
+        table = solver.table(PROCESS, grid, solvers.Options(eta=solver.eta or 0.0, churn=churn, churn_interval=(0.1, 5.0)))
 
     def answer(x: jax.Array, level: Level, memory: Any) -> tuple[jax.Array, Any]:
         x0 = best_x0(jnp, x, level.alpha, level.sigma)

@@ -12,7 +12,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def override(config: ConfigDict, path: str, text: str) -> None:
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+# what tuples that are empty by default hold, where it is not whole numbers
+_OF_EMPTY = {"sample.prompts": str, "sample.guidance_interval": float, "sample.churn_interval": float, "diffusion.betas": float}
 
 
 def _parse(path: str, text: str, old: Any) -> Any:
@@ -91,7 +94,7 @@ def _parse(path: str, text: str, old: Any) -> Any:
         if parsed is None:
             raise UserError(f"{path} takes {_KINDS[type(old)]}, not {text!r}")
         return parsed
-    kind = type(old[0]) if old else str if path == "sample.prompts" else int
+    kind = type(old[0]) if old else _OF_EMPTY.get(path, int)
     values = [_as_kind(element, kind) for element in (value if isinstance(value, tuple | list) else (value,))]
     if None in values:
         raise UserError(f"{path} takes a tuple, each element {_KINDS[kind]}, not {text!r}")
@@ -271,6 +274,25 @@ def replace_directory(new: Path, final: Path) -> None:
     os.replace(new, final)
     _synchronise(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A new directory to write into, which takes the place of `final` once all of it is there; where the writing fails, nothing stays.
+
+    Raises UserError where it cannot be made.
+    """
+    root = final.parent / f".{final.name}.new"
+    try:
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot create {root}: {error.strerror or error}") from error
+    try:
+        yield root
+        replace_directory(root, final)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def _synchronise(path: Path) -> None:

@@ -218,8 +218,12 @@ def base() -> ConfigDict:
                 "guidance_momentum": 0.0,
                 "eta": 0.0,
                 "spacing": "trailing",
-                "churn": 0.0,  # of heun
+                "churn": 0.0,  # of heun: noise added on the way (EDM's S_churn), ...
+                "churn_interval": (),  # ... at these levels of sigma/alpha; (): all
+                "churn_noise": 1.0,  # its standard deviation
                 "threshold": "none",  # none | static | dynamic: for pixels
+                "threshold_max": 1.0,
+                "threshold_quantile": 0.995,  # of dynamic
                 "seed": 0,
                 "batch_size": 50,
             },

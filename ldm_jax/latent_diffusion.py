@@ -23,10 +23,9 @@ from ldm_jax.conditioning.conditioner import Arrays, Conditioning
 from ldm_jax.conditioning.conditioners import TextConditioner
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, write_bytes
-from ldm_jax.diffusion.grid import make_grid
 from ldm_jax.diffusion.guidance import autoguided, guided
 from ldm_jax.diffusion.process import PROCESSES, DiscreteProcess, Process, expand, make_process
-from ldm_jax.diffusion.samplers import Known, SamplerSettings, image_keys, initial_noise, invert, start_of, trajectory
+from ldm_jax.diffusion.samplers import Known, SamplerSettings, image_keys, initial_noise, invert, sampling_grid, trajectory
 from ldm_jax.diffusion.schedules import WITHOUT_ENDS
 from ldm_jax.model_directory import (
     PARTS,
@@ -43,7 +42,7 @@ from ldm_jax.model_directory import (
 from ldm_jax.nn.autoencoder import Autoencoder, IdentityAutoencoder, KLAutoencoder, VQAutoencoder
 from ldm_jax.nn.dit import DiT
 from ldm_jax.nn.unet import UNet
-from ldm_jax.sampling import Sampling, check_guidance, check_request, check_sampler, is_plain, make_sampling, per_image_scale
+from ldm_jax.sampling import Sampling, check_guidance, check_request, is_plain, make_sampling, per_image_scale
 from ldm_jax.sharding.mesh import make_mesh, replicated, split_host_arrays
 
 AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": KLAutoencoder, "vq": VQAutoencoder, "identity": IdentityAutoencoder}
@@ -154,7 +153,7 @@ def generate(
         other = partial(weak.denoise, params["weak"], condition=weak.condition(params["weak"], inputs.arrays))
         denoise = autoguided(denoise, other, inputs.scale, sampling.guidance, process, prediction)
     elif inputs.null is not None:
-        grid = make_grid(process, settings.spacing, settings.steps).after(0 if inputs.init is None else start_of(settings))
+        grid = sampling_grid(process, settings, inputs.init is not None)
         null = denoiser.condition(params, inputs.null)
         denoise = partial(denoiser.denoise, params)
         denoise = guided(denoise, condition, null, inputs.scale, sampling.guidance, process, prediction, grid, settings.eta)
@@ -168,6 +167,15 @@ def generate(
 
 
 generate_jit = jax.jit(generate, static_argnums=(0, 1, 2, 3))
+
+
+def inverted(denoiser: Denoiser, settings: SamplerSettings, params: Params, latents: jax.Array, arrays: Arrays) -> jax.Array:
+    """Scaled latents [B,h,w,c] to the noise that they are drawn from. Pure; the first two arguments are static."""
+    denoise = partial(denoiser.denoise, params, condition=denoiser.condition(params, arrays))
+    return invert(denoise, denoiser.process, denoiser.prediction, settings, latents)
+
+
+inverted_jit = jax.jit(inverted, static_argnums=(0, 1))
 
 
 def to_float(images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -363,13 +371,8 @@ class LatentDiffusion:
         arrays = denoiser.conditioning.prepare({name: list(values) for name, values in given.items()})
         settings = SamplerSettings("ddim", steps or defaults["steps"], spacing=defaults["spacing"])
 
-        @jax.jit
-        def run(params: Params, latents: jax.Array, arrays: Arrays) -> jax.Array:
-            denoise = partial(denoiser.denoise, params, condition=denoiser.condition(params, arrays))
-            return invert(denoise, denoiser.process, denoiser.prediction, settings, latents)
-
         try:
-            return np.asarray(run(self.params, jnp.asarray(self._init_latents(images, total)), arrays))
+            return np.asarray(inverted_jit(denoiser, settings, self.params, self._init_latents(images, total), arrays))
         except ValueError as error:
             raise UserError(f"cannot invert: {error}") from error
 
@@ -380,7 +383,6 @@ class LatentDiffusion:
         guiding = {name: getattr(asked, name) for name in ("guidance_kind", "guidance_interval", "guidance_rescale")}
         own = {name: getattr(asked, name) for name in ("steps", "sampler", "eta", "spacing", "strength")}
         sampling = replace(make_sampling(defaults, **own, **guiding), record_every=every)
-        check_sampler(sampling.sampler, denoiser.process, denoiser.prediction)
         prompts = {} if asked.prompts is None else {"text": asked.prompts}
         given, total = self._inputs({**inputs, **prompts}, asked.num, asked.negative)
         scale = per_image_scale(defaults["guidance"] if asked.guidance is None else asked.guidance, total)

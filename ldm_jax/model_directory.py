@@ -18,7 +18,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_safetensors
 
-from ldm_jax.config import UserError, replace_directory, write_bytes, write_json
+from ldm_jax.config import UserError, replacing, write_bytes, write_json
 
 FORMAT = 1
 PARTS = ("first_stage", "denoiser", "conditioner")
@@ -32,27 +32,21 @@ def writing(path: str | Path, info: Mapping[str, Any]) -> Iterator[Any]:
 
     Where the writing fails, nothing of it stays.
     """
-    final = epath.Path(path)
+    described = dict(info, format=FORMAT)
+    if "://" not in str(path):
+        with replacing(Path(path)) as new:
+            yield epath.Path(new)
+            write_json(epath.Path(new) / "model.json", described)
+        return
     # Object storage has no rename: there the old model ends here.
-    in_place = "://" in str(final)
-    root = final if in_place else final.parent / f".{final.name}.new"
-    if in_place:
-        (root / "model.json").unlink(missing_ok=True)
-    elif root.exists():
-        root.rmtree()
+    root = epath.Path(path)
+    (root / "model.json").unlink(missing_ok=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {root}: {error.strerror or error}") from error
-    try:
-        yield root
-        write_json(root / "model.json", dict(info, format=FORMAT))
-        if not in_place:
-            replace_directory(Path(root), Path(final))
-    except BaseException:
-        if not in_place and root.exists():
-            root.rmtree()
-        raise
+    yield root
+    write_json(root / "model.json", described)
 
 
 def module_settings(module: nn.Module, table: Mapping[str, type]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, sample
 
 _SAMPLER = {"sampler": "kind", "steps": "steps", "eta": "eta", "spacing": "spacing", "strength": "strength"}
-_SAMPLER |= {name: name for name in ("churn", "churn_min", "churn_max", "churn_noise", "threshold", "threshold_max", "threshold_quantile")}
+_SAMPLER |= {name: name for name in ("churn", "churn_interval", "churn_noise", "threshold", "threshold_max", "threshold_quantile")}
 _GUIDANCE = {f"guidance_{name}": name for name in ("kind", "interval", "rescale", "parallel", "radius", "momentum")}
 
 
@@ -43,18 +43,18 @@ def make_sampling(group: Mapping[str, Any], **overrides: Any) -> Sampling:
         stored = {name: value for name, value in stored.items() if name not in of_apg}
     merged = stored | given
     try:
+        merged |= {name: _interval(name, merged.get(name, ())) for name in ("churn_interval", "guidance_interval")}
         sampler = SamplerSettings(**{field: merged[name] for name, field in _SAMPLER.items() if name in merged})
         chosen = {field: merged[name] for name, field in _GUIDANCE.items() if name in merged}
-        chosen["interval"] = _interval(chosen.get("interval", ()))
         return Sampling(sampler, Guidance(**chosen))
     except ValueError as error:
         raise UserError(f"sample: {error}") from error
 
 
-def _interval(values: Any) -> tuple[float, float]:
+def _interval(name: str, values: Any) -> tuple[float, float]:
     """Two numbers, the second perhaps missing; none of them is everywhere."""
     if len(values) > 2:
-        raise ValueError(f"guidance_interval takes two levels of sigma/alpha, not {len(values)}")
+        raise ValueError(f"{name} takes two levels of sigma/alpha, not {len(values)}")
     low, high = [*map(float, values), *(0.0, math.inf)[len(values) :]]
     return low, high
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,6 +17,15 @@ _own_cache: str | None = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _own_cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ldm_jax_test_cache_")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Of all programs of a module: see `tiny.quick_compilation`."""
+    from tests import tiny  # not above: it imports jax
+
+    with tiny.quick_compilation():
+        yield
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

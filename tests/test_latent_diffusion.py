@@ -1,7 +1,6 @@
 """The model as one object: written and read, sampling, encoding and decoding, and what bad input gets."""
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,9 @@ from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.run import model_info, versions
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
 
 
 def random_params(stage: Any, seed: int = 0) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ldm_jax.diffusion.grid import Grid
 from ldm_jax.diffusion.prediction import coefficients, solve
-from ldm_jax.diffusion.process import Process, expand, sigma_data
+from ldm_jax.diffusion.process import Process, expand
 from ldm_jax.diffusion.samplers import Denoise, Remembering
 from ldm_jax.diffusion.schedules import lookup
 from ldm_jax.diffusion.solvers import ancestral_noise
@@ -133,7 +133,7 @@ def classifier_guided(
         t = jnp.broadcast_to(t, x.shape[:1])
         score = jax.grad(lambda x: log_prob(x, t).sum())(x)
         alpha, sigma = process.alpha(t), process.sigma(t)
-        c, d = coefficients(prediction, alpha, sigma, sigma_data(process))
+        c, d = coefficients(prediction, alpha, sigma, process.sigma_data)
         # At fixed x_t a change of eps by e is one of x_0 by -sigma e/alpha, so of the prediction by (d - c sigma/alpha) e.
         gain = jnp.where(alpha == 0, 0.0, -sigma * (d - c * sigma / jnp.where(alpha == 0, 1.0, alpha)))
         pred = _at_least_float32(denoise(x, t))
@@ -208,7 +208,7 @@ def _projected(
     memory: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Adaptive projected guidance: (prediction, running sum of differences)."""
-    alpha, sigma, data = process.alpha(t), process.sigma(t), sigma_data(process)
+    alpha, sigma, data = process.alpha(t), process.sigma(t), process.sigma_data
     x0, other_x0 = (solve(prediction, alpha, sigma, pred, x, data)[0] for pred in (wanted, other))
     change = x0 - other_x0
     if memory is not None:

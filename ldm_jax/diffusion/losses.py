@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.diffusion.prediction import coefficients, determinant, target
-from ldm_jax.diffusion.process import Array, Process, expand, sigma_data
+from ldm_jax.diffusion.process import Array, Process, expand
 from ldm_jax.diffusion.schedules import lookup
 from ldm_jax.diffusion.times import TimeSampling
 
@@ -87,7 +87,7 @@ def loss_weight(process: Process, settings: DiffusionLoss, t: Array) -> jax.Arra
     At fixed x_t an error of x_0 is -sigma/determinant times one of the prediction, so a weight w on x_0 is w sigma^2/determinant^2 on the
     prediction: with 'min_snr' min(SNR, gamma)/SNR for eps, min(SNR, gamma)/(SNR + 1) for v.
     """
-    alpha, sigma, data = process.alpha(t), process.sigma(t), sigma_data(process)
+    alpha, sigma, data = process.alpha(t), process.sigma(t), process.sigma_data
     singular = determinant(settings.prediction, alpha, sigma, data) == 0
     alpha, sigma = (jnp.where(singular, jnp.maximum(value, _NEAR), value) for value in (alpha, sigma))
     det = determinant(settings.prediction, alpha, sigma, data)

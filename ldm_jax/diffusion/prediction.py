@@ -22,7 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.diffusion.process import Array, Process, expand, sigma_data
+from ldm_jax.diffusion.process import Array, Process, expand
 from ldm_jax.diffusion.schedules import lookup
 
 
@@ -62,7 +62,7 @@ def target(prediction: str, process: Process, x0: jax.Array, eps: jax.Array, t: 
     Returns: [B, ...] in promote_types(x0.dtype, float32).
     """
     dtype = jnp.promote_types(x0.dtype, jnp.float32)
-    c, d = coefficients(prediction, process.alpha(t), process.sigma(t), sigma_data(process))
+    c, d = coefficients(prediction, process.alpha(t), process.sigma(t), process.sigma_data)
     return expand(c, x0).astype(dtype) * x0 + expand(d, x0).astype(dtype) * eps
 
 
@@ -91,9 +91,9 @@ def solve(prediction: str, alpha: Array, sigma: Array, pred: jax.Array, x_t: jax
 
 def to_x0(prediction: str, process: Process, pred: jax.Array, x_t: jax.Array, t: Array) -> jax.Array:
     """The x_0 [B, ...] that `pred` stands for at x_t and t ([B] or scalar); for eps at zero SNR, 0."""
-    return solve(prediction, process.alpha(t), process.sigma(t), pred, x_t, sigma_data(process))[0]
+    return solve(prediction, process.alpha(t), process.sigma(t), pred, x_t, process.sigma_data)[0]
 
 
 def to_eps(prediction: str, process: Process, pred: jax.Array, x_t: jax.Array, t: Array) -> jax.Array:
     """The eps [B, ...] that `pred` stands for at x_t and t ([B] or scalar); for x0 without noise, 0."""
-    return solve(prediction, process.alpha(t), process.sigma(t), pred, x_t, sigma_data(process))[1]
+    return solve(prediction, process.alpha(t), process.sigma(t), pred, x_t, process.sigma_data)[1]

@@ -34,6 +34,10 @@ class Process(Protocol):
         """The time at which alpha = 1 and sigma = 0, where samplers end; networks are never asked for it."""
 
     @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the data that the process was made for; scaled latents have 1."""
+
+    @property
     def num_times(self) -> int | None:
         """How many times there are, or None where time is continuous."""
 
@@ -78,13 +82,9 @@ def _floating(t: Array) -> tuple[ModuleType, Array]:
 class _Common:
     """What most processes share."""
 
-    def alpha(self, t: Array) -> Array:
-        raise NotImplementedError
+    sigma_data = 1.0
 
-    def sigma(self, t: Array) -> Array:
-        raise NotImplementedError
-
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self: Process, t: Array) -> Array:
         namespace, t = _floating(t)
         with np.errstate(divide="ignore"):
             return 2 * (namespace.log(self.alpha(t)) - namespace.log(self.sigma(t)))
@@ -340,11 +340,6 @@ class SigmaProcess(_Continuous):
     def input_scale(self, t: Array) -> Array:
         namespace, t = _floating(t)
         return 1 / namespace.hypot(t, self.sigma_data * namespace.ones_like(t))
-
-
-def sigma_data(process: Process) -> float:
-    """Standard deviation of the data that the process was made for; scaled latents have 1."""
-    return getattr(process, "sigma_data", 1.0)
 
 
 PROCESSES: dict[str, type[DiscreteProcess] | type[FlowProcess] | type[CosineProcess] | type[SigmaProcess]] = {

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from ldm_jax.diffusion.grid import SPACINGS, Grid, Level, make_grid
 from ldm_jax.diffusion.prediction import determinant, solve
-from ldm_jax.diffusion.process import Process, expand, sigma_data
+from ldm_jax.diffusion.process import Process, expand
 from ldm_jax.diffusion.schedules import lookup
 from ldm_jax.diffusion.solvers import SOLVERS, Options, Row, Table, compiled
 
@@ -40,7 +40,7 @@ class SamplerSettings:
       eta: for 'ddim', 0 (deterministic) to 1 (ancestral).
       spacing: a key of `grid.SPACINGS`: 'leading', 'trailing', 'linspace', 'karras', 'exponential', 'legacy_ldm'.
       strength: where sampling starts from data, the share of the steps that are run, in (0, 1].
-      churn, churn_min, churn_max, churn_noise: for 'heun', see `solvers.Options`.
+      churn, churn_interval, churn_noise: for 'heun', see `solvers.Options`.
       threshold: 'none'; 'static', x_0 is clipped to +-`threshold_max`; 'dynamic' (arXiv 2205.11487, section 2.3), x_0 is clipped to its
         own `threshold_quantile` where that is larger than `threshold_max`, and scaled back to it. For pixels; latents have no bounds.
 
@@ -53,8 +53,7 @@ class SamplerSettings:
     spacing: str = "trailing"
     strength: float = 1.0
     churn: float = 0.0
-    churn_min: float = 0.0
-    churn_max: float = math.inf
+    churn_interval: tuple[float, float] = (0.0, math.inf)
     churn_noise: float = 1.0
     threshold: str = "none"
     threshold_max: float = 1.0
@@ -72,12 +71,18 @@ class SamplerSettings:
             raise ValueError(f"sampler {self.kind!r} has no eta (its noise is fixed at eta={solver.eta:g}): use 'ddim'")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be in (0, 1], got {self.strength}")
-        if self.churn < 0 or not (0 <= self.churn_min <= self.churn_max) or self.churn_noise < 0:
-            raise ValueError("churn, its bounds and its noise must not be negative, and churn_min not above churn_max")
+        if self.churn < 0 or self.churn_noise < 0 or not 0 <= self.churn_interval[0] < self.churn_interval[1]:
+            raise ValueError("churn and its noise must not be negative, and the churn interval 0 <= low < high in units of sigma/alpha")
         if self.churn and not solver.churns:
             raise ValueError(f"sampler {self.kind!r} has no churn: use 'heun'")
+        if not self.churn and (self.churn_interval, self.churn_noise) != ((0.0, math.inf), 1.0):
+            raise ValueError("churn_interval and churn_noise have no effect with a churn of 0")
         if not self.threshold_max > 0 or not 0 < self.threshold_quantile <= 1:
             raise ValueError("threshold_max must be positive and threshold_quantile in (0, 1]")
+        if self.threshold_quantile != 0.995 and self.threshold != "dynamic":
+            raise ValueError("threshold_quantile is of threshold 'dynamic' and has no effect with another")
+        if self.threshold_max != 1 and self.threshold == "none":
+            raise ValueError("threshold_max has no effect without a threshold: 'static' or 'dynamic'")
 
 
 def _static(x0: jax.Array, settings: SamplerSettings) -> jax.Array:
@@ -107,9 +112,10 @@ class Trajectory(NamedTuple):
     states: jax.Array
 
 
-def start_of(settings: SamplerSettings) -> int:
-    """The step at which sampling from data starts."""
-    return settings.steps - max(1, round(settings.strength * settings.steps))
+def sampling_grid(process: Process, settings: SamplerSettings, from_data: bool = False) -> Grid:
+    """The grid that is sampled on: from data, what `settings.strength` leaves of it, at least a step. Raises as `make_grid`."""
+    grid = make_grid(process, settings.spacing, settings.steps)
+    return grid.after(settings.steps - max(1, round(settings.strength * settings.steps))) if from_data else grid
 
 
 def sample(
@@ -155,12 +161,8 @@ def trajectory(
     """
     if init is None and settings.strength != 1:
         raise ValueError(f"strength={settings.strength:g} without data to start from: give the data, or leave strength at 1")
-    grid = make_grid(process, settings.spacing, settings.steps)
-    if init is not None:
-        grid = grid.after(start_of(settings))
-    options = Options(
-        SOLVERS[settings.kind].eta or settings.eta, settings.churn, settings.churn_min, settings.churn_max, settings.churn_noise
-    )
+    grid = sampling_grid(process, settings, init is not None)
+    options = Options(SOLVERS[settings.kind].eta or settings.eta, settings.churn, settings.churn_interval, settings.churn_noise)
     with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is found below
         table = SOLVERS[settings.kind].table(process, grid, options)
     _check_determined(process, prediction, settings, table)
@@ -180,7 +182,7 @@ def trajectory(
 def _check_determined(process: Process, prediction: str, settings: SamplerSettings, table: Table) -> None:
     level = table.level
     with np.errstate(divide="ignore", invalid="ignore"):
-        singular = level.t[determinant(prediction, level.alpha, level.sigma, sigma_data(process)) == 0]
+        singular = level.t[determinant(prediction, level.alpha, level.sigma, process.sigma_data) == 0]
     if singular.size:
         raise ValueError(
             f"prediction {prediction!r} does not determine x_0 at t={singular[0]:g}, which spacing {settings.spacing!r} visits:"
@@ -202,7 +204,7 @@ def _answers(
 
     def answer(x: jax.Array, level: Level, memory: Any) -> tuple[jax.Array, Any]:
         pred, memory = remembering.denoise(x, jnp.broadcast_to(level.t, x.shape[:1]), memory)
-        x0, eps = solve(prediction, level.alpha, level.sigma, pred, x, sigma_data(process))
+        x0, eps = solve(prediction, level.alpha, level.sigma, pred, x, process.sigma_data)
         if threshold is not None:
             x0 = threshold(x0, settings)
             eps = (x - level.alpha * x0) / level.sigma
@@ -281,7 +283,7 @@ def invert(denoise: Denoise, process: Process, prediction: str, settings: Sample
     """
     if settings.kind not in ("ddim", "euler") or settings.eta:
         raise ValueError("only sampler 'ddim' with eta 0 is inverted")
-    grid = make_grid(process, settings.spacing, settings.steps)
+    grid = sampling_grid(process, settings)
     table = _inverse_table(grid)
     _check_determined(process, prediction, settings, table)
     dtype = jnp.promote_types(x0.dtype, jnp.float32)

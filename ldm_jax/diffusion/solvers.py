@@ -32,14 +32,13 @@ class Options:
 
     Attributes:
       eta: share of the ancestral noise, of 'ddim'.
-      churn, churn_min, churn_max, churn_noise: of 'heun' (arXiv 2206.00364, algorithm 2), S_churn, S_tmin, S_tmax and S_noise, in units of
+      churn, churn_interval, churn_noise: of 'heun' (arXiv 2206.00364, algorithm 2), S_churn, (S_tmin, S_tmax) and S_noise, in units of
         sigma/alpha.
     """
 
     eta: float = 0.0
     churn: float = 0.0
-    churn_min: float = 0.0
-    churn_max: float = math.inf
+    churn_interval: tuple[float, float] = (0.0, math.inf)
     churn_noise: float = 1.0
 
 
@@ -155,7 +154,8 @@ def heun(process: Process, grid: Grid, options: Options) -> Table:
     ratio, alpha = grid.ratio, grid.alpha
     if not np.isfinite(ratio[0]):
         raise ValueError("sampler 'heun' needs some signal at the first time: use 'flow_heun'")
-    up = np.where((ratio >= options.churn_min) & (ratio <= options.churn_max), min(options.churn / grid.steps, math.sqrt(2) - 1), 0.0)
+    low, high = options.churn_interval
+    up = np.where((ratio >= low) & (ratio <= high), min(options.churn / grid.steps, math.sqrt(2) - 1), 0.0)
     start = grid
     if np.any(up):
         limit = float(grid_at(process, np.array([process.t_max])).ratio[0])

@@ -1,7 +1,6 @@
 """Model directories into what other programs open: pipelines of diffusers, and checkpoints of the paper's code with their YAML."""
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.conditioning.conditioners import TextConditioner
-from ldm_jax.config import UserError, replace_directory, write_json
+from ldm_jax.config import UserError, replacing, write_json
 from ldm_jax.interop import compvis, diffusers, dit, text_encoders
 from ldm_jax.interop.compvis_yaml import to_yaml
 from ldm_jax.interop.importing import Networks
@@ -82,19 +81,10 @@ def _tensors(keys: KeyMap, model: Model) -> Iterator[tuple[str, np.ndarray]]:
 def _complete(output: str | Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `output` once all of it is there."""
     final = Path(output)
-    root = final.parent / f".{final.name}.new"
     if (final / "model.json").exists() or ((final / "config.json").exists() and (final / "checkpoints").exists()):
         raise UserError(f"{final} is a model or work directory of ldm_jax: choose another --output")
-    try:
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot create {root}: {error.strerror or error}") from error
-    try:
+    with replacing(final) as root:
         yield root
-        replace_directory(root, final)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
 
 
 def export_checkpoint(path: str | Path, output: str | Path) -> str:

@@ -2,9 +2,7 @@
 
 import copy
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,7 +126,7 @@ def write_model(networks: Networks, parts: Sequence[Part], tokenizer: Tokenizer 
     if networks.denoiser is not None:
         settings["denoiser"] = module_settings(networks.denoiser.network, DENOISERS)
         settings["conditioner"] = networks.info["conditioning"]
-    with writing(output, networks.info) as root, _removed_on_failure(Path(root)):
+    with writing(output, networks.info) as root:
         for name in PARTS[: len(settings)]:
             (root / name).mkdir(parents=True, exist_ok=True)
             specs = {_stored(leaf): Spec(tuple(value.shape), dtype) for leaf, value in leaves.items() if leaf.startswith(f"{name}/")}
@@ -136,15 +134,6 @@ def write_model(networks: Networks, parts: Sequence[Part], tokenizer: Tokenizer 
             write_json(root / name / SETTINGS, settings[name])
         if tokenizer is not None:
             write_bytes(root / "conditioner" / TOKENIZER, tokenizer.to_json().encode())
-
-
-@contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _stored(leaf: str) -> str:

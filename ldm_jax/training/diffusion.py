@@ -15,6 +15,7 @@ from ldm_jax.data.latents import LatentCache
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.data.sources import Source
 from ldm_jax.diffusion.losses import DiffusionLoss, bucketed, loss_weight, noised, per_example, training_noise
+from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.samplers import image_keys, initial_noise
 from ldm_jax.diffusion.times import TimeSampling, sample_times
 from ldm_jax.latent_diffusion import (
@@ -38,14 +39,16 @@ TIME_BUCKETS = 4
 LOG_VARIANCES = 1000  # numbers that `diffusion.learn_log_variance` learns where time is continuous
 
 
-def build_loss(group: ConfigDict) -> DiffusionLoss:
-    """The loss of a `diffusion` group. Raises UserError."""
+def build_loss(group: ConfigDict, process: Process) -> DiffusionLoss:
+    """The loss of a `diffusion` group. Raises UserError, also for a weight that the process has not."""
     try:
         times = TimeSampling(group.time_sampling, group.time_mean, group.time_std, group.mode_scale)
         names = ("prediction", "loss", "weighting", "gamma", "weight_offset", "vlb_weight", "huber_delta")
-        return DiffusionLoss(times=times, **{name: group[name] for name in names})
+        loss = DiffusionLoss(times=times, **{name: group[name] for name in names})
+        loss_weight(process, loss, jnp.zeros(1))
     except ValueError as error:
         raise UserError(f"diffusion: {error}") from error
+    return loss
 
 
 class DiffusionStage:
@@ -77,11 +80,7 @@ class DiffusionStage:
         conditioning = build_conditioning(group, about)
         channels = first_stage.network.latent_channels
         self.denoiser: Denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, channels, self.dtype)
-        self.loss = build_loss(config.diffusion)
-        try:
-            loss_weight(self.denoiser.process, self.loss, jnp.zeros(1))
-        except ValueError as error:
-            raise UserError(f"diffusion: {error}") from error
+        self.loss = build_loss(config.diffusion, self.denoiser.process)
         self.sampling = build_sampling(config.sample, self.denoiser)
         size = config.data.resolution // first_stage.network.factor
         self.latent_shape = (size, size, channels)

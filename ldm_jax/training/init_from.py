@@ -111,12 +111,14 @@ def _same_betas(one: DiscreteProcess, other: DiscreteProcess) -> bool:
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=0)
 
 
-def begun(workdir: WorkDir) -> bool:
-    """Whether a run has a checkpoint to go on from: then `train.init_from` is not read again."""
-    if not workdir.checkpoints.exists():
+def starts(config: ConfigDict, workdir: WorkDir) -> bool:
+    """Whether the run begins with other weights: where it has a checkpoint to go on from, `train.init_from` is not read again."""
+    if not config.train.init_from:
         return False
+    if not workdir.checkpoints.exists():
+        return True
     with Checkpoints(workdir.checkpoints, 1, read_only=True) as checkpoints:
-        return checkpoints.latest() is not None
+        return checkpoints.latest() is None
 
 
 def initial_tokenizer(config: ConfigDict) -> Tokenizer:

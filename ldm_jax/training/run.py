@@ -96,7 +96,7 @@ def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> No
                 " that has learnt its present latents: choose another --workdir, or the steps of before"
             )
         stage = AutoencoderStage(inner, source)
-        if inner.train.init_from and not init_from.begun(first):
+        if init_from.starts(inner, first):
             init_from.check_autoencoder(inner.train.init_from, stage.network)
     if config.task == "diffusion":
         if first is None:
@@ -106,14 +106,13 @@ def check_components(config: ConfigDict, workdir: WorkDir, source: Source) -> No
             autoencoder = given.network
         else:
             autoencoder = build_autoencoder(config.first_stage.to_dict(), dtype)
-        build_loss(config.diffusion)
         check_denoiser(config, workdir, source, autoencoder)
 
 
 def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoencoder: Autoencoder) -> None:
     """Raises UserError where stage 2 cannot be built as it is set, its conditions go nowhere, or the data has nothing for one of them."""
     dtype, text = compute_dtype(config.train.dtype), config.conditioning.text
-    starts = bool(config.train.init_from) and not init_from.begun(workdir)
+    starts = init_from.starts(config, workdir)
     tokenizer = None
     if text.enabled and starts:
         tokenizer = init_from.initial_tokenizer(config)
@@ -122,7 +121,7 @@ def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoenc
     about = Model(config.data.resolution, autoencoder.factor, autoencoder.latent_channels, dtype, tokenizer)
     conditioning = build_conditioning(config.conditioning.to_dict(), about)
     denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, autoencoder.latent_channels, dtype)
-    build_loss(config.diffusion)
+    build_loss(config.diffusion, denoiser.process)
     build_sampling(config.sample, denoiser)
     optimizer.from_config(config.optimizer, config.train.steps)
     try:
@@ -223,7 +222,7 @@ def _first_stage_weights(config: ConfigDict, workdir: WorkDir, source: Source, m
     if config.first_stage.kind == "identity":
         return build_autoencoder(config.first_stage.to_dict(), compute_dtype(config.train.dtype)), {}, config.train.steps
     stage = AutoencoderStage(config, source)
-    if config.train.init_from and not init_from.begun(workdir):
+    if init_from.starts(config, workdir):
         init_from.start_autoencoder(stage, config.train.init_from)
     state = loop.train(stage, workdir, mesh)
     return stage.network, stage.autoencoder(jax.device_get(state.ema[str(config.ema.decays[0])])), int(state.step)
@@ -244,7 +243,7 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
     if not text.enabled:
         return None
     path = workdir.path / "tokenizer.json"
-    starts = bool(config.train.init_from) and not init_from.begun(workdir)
+    starts = init_from.starts(config, workdir)
     if starts or not path.exists():
         if starts:
             tokenizer = init_from.initial_tokenizer(config)
@@ -300,7 +299,7 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: 
     if config.data.cache:
         data = ensure_cache(config, workdir, encoder, source)
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
-    if config.train.init_from and not init_from.begun(workdir):
+    if init_from.starts(config, workdir):
         init_from.start_denoiser(stage, config.train.init_from)
     state = loop.train(stage, workdir, mesh)
     trained = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))

@@ -1,6 +1,5 @@
 """Every kind of condition: shapes and routes, what stands for its absence, what it does not depend on, and bad input."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,7 +17,8 @@ from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError
 from ldm_jax.defaults import base
 from ldm_jax.nn.text_encoder import TextTransformer
-from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RESOLUTION, FACTOR, CHANNELS = 16, 4, 3
 SIZE = RESOLUTION // FACTOR
@@ -70,12 +70,6 @@ def applied(c: Any, arrays: Any = None, seed: int = 0) -> dict[str, np.ndarray]:
     """What fresh parameters make of the arrays, by default those of `BATCH`."""
     arrays = c.prepare(BATCH) if arrays is None else arrays
     return jax.device_get(jax.jit(lambda key, arrays: c.apply(c.init(key), arrays))(jax.random.key(seed), arrays))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
 
 
 # --- every kind ---

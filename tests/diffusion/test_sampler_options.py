@@ -1,5 +1,8 @@
 """Starting from data, holes, thresholds, states on the way, inversion, and invariances of every sampler."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ldm_jax.defaults import base
 from ldm_jax.diffusion.grid import SPACINGS, make_grid
 from ldm_jax.diffusion.process import CosineProcess, DiscreteProcess, FlowProcess, SigmaProcess
 from ldm_jax.diffusion.samplers import Known, SamplerSettings, image_keys, initial_noise, invert, sample, trajectory
 from ldm_jax.diffusion.solvers import SOLVERS
+from ldm_jax.sampling import make_sampling
 
 DISCRETE = DiscreteProcess()
 NOISE, KEYS = initial_noise(0, jnp.arange(4), (3, 3, 2)), image_keys(0, jnp.arange(4))
@@ -184,8 +189,32 @@ def test_churn_is_of_heun() -> None:
         SamplerSettings("ddim", churn=5.0)
     drawn = [sample(network, DISCRETE, "eps", SamplerSettings("heun", 8, churn=churn), NOISE, KEYS) for churn in (0.0, 4.0)]
     assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 1e-2
-    outside = SamplerSettings("heun", 8, churn=4.0, churn_min=1e3, churn_max=1e4)
+    outside = SamplerSettings("heun", 8, churn=4.0, churn_interval=(1e3, 1e4))
     np.testing.assert_allclose(sample(network, DISCRETE, "eps", outside, NOISE, KEYS), drawn[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"churn_interval": (0.1, 1.0)}, "no effect with a churn of 0"),
+        ({"churn_noise": 1.1}, "no effect with a churn of 0"),
+        ({"churn": 1.0, "churn_interval": (2.0, 1.0)}, "0 <= low < high"),
+        ({"threshold_max": 2.0}, "no effect without a threshold"),
+        ({"threshold": "static", "threshold_quantile": 0.9}, "is of threshold 'dynamic'"),
+    ],
+)
+def test_options_without_effect(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplerSettings("heun", 8, **options)
+
+
+def test_every_setting_of_a_sampler_is_a_field_of_the_configuration() -> None:
+    group = {**base().sample.to_dict(), "sampler": "heun", "churn": 4.0, "churn_interval": (0.1, 5.0), "churn_noise": 1.01}
+    group |= {"threshold": "dynamic", "threshold_max": 2.0, "threshold_quantile": 0.9}
+    made = make_sampling(group).sampler
+    assert made == SamplerSettings("heun", 50, 0.0, "trailing", 1.0, 4.0, (0.1, 5.0), 1.01, "dynamic", 2.0, 0.9)
+    other = make_sampling(group, sampler="ddim").sampler  # churn is of heun
+    assert (other.kind, other.churn, other.churn_interval, other.threshold) == ("ddim", 0.0, (0.0, math.inf), "dynamic")
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "dpmpp_2m_sde", "heun", "plms", "unipc"])

@@ -1,6 +1,5 @@
 """The autoencoders: their sizes and shapes, the KL one's posterior, the VQ one's codebook."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -9,13 +8,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.nn.autoencoder import IdentityAutoencoder, KLAutoencoder, VQAutoencoder, kl_divergence, sample_moments
-from tests import tiny
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 SMALL = KLAutoencoder(8, (1, 2), 1, (), True, 4, 3, 2)

@@ -1,6 +1,5 @@
 """DiT: its published sizes, what it computes, its inputs, its errors."""
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -14,15 +13,10 @@ from hypothesis import strategies as st
 from ldm_jax.nn.attention import MultiHeadAttention
 from ldm_jax.nn.dit import SIZES, DiT, DiTBlock, positions
 from ldm_jax.nn.layers import depth_to_space, space_to_depth
-from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL: dict[str, Any] = {"out_channels": 3, "width": 16, "depth": 2, "num_heads": 2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -1,6 +1,5 @@
 """Vector quantisation against brute force in numpy and closed forms."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,13 +18,8 @@ from ldm_jax.nn.quantize import (
     straight_through,
     usage,
 )
-from tests import tiny
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The paper's UNet: its size, its inputs, its errors."""
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -10,7 +9,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.nn.unet import UNet
-from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL: dict[str, Any] = {
     "out_channels": 4,
@@ -21,12 +21,6 @@ SMALL: dict[str, Any] = {
     "head_channels": 8,
 }
 PAPER: dict[str, Any] = {"channels": 320, "channel_mult": (1, 2, 4, 4), "attention_levels": (1, 2, 4), "num_heads": 8, "head_channels": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

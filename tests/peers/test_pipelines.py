@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,11 @@ from ldm_jax.model_directory import unflatten
 from tests import tiny
 from tests.peers.models import assert_same_network, randomised, to_numpy, to_torch
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compilation")]
 
 Settings = dict[str, Any]
 SEED, STEPS, GUIDANCE = 3, 5, 3.0
 PROMPTS = ["a red circle", "a green ring, " * 40]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
 
 
 KL: Settings = {"kind": "kl", "channels": 8, "channel_mult": (1, 2, 2), "num_res_blocks": 1, "attention_levels": (), "norm_groups": 4}

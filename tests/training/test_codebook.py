@@ -1,6 +1,5 @@
 """Training with a codebook: what moves it, what is reported of it, and that a stopped run goes on as it was."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,7 @@ from ldm_jax.training import loop
 from ldm_jax.training.autoencoder import AutoencoderStage
 from tests import tiny
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def one_update(ema: float) -> tuple[AutoencoderStage, Any, Any, Any, Any]:

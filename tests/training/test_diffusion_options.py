@@ -1,6 +1,5 @@
 """Processes, weightings and noise as configurations set them: one update each, and what makes no sense."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,11 +13,7 @@ from ldm_jax.training import loop
 from ldm_jax.training.diffusion import DiffusionStage, with_log_variance
 from tests import tiny
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def stage_of(**settings: Any) -> DiffusionStage:

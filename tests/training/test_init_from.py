@@ -19,11 +19,7 @@ from ldm_jax.training import init_from, loop
 from ldm_jax.training.run import run
 from tests import tiny
 
-
-@pytest.fixture(autouse=True)
-def quick() -> None:
-    with tiny.quick_compilation():
-        yield  # type: ignore[misc]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def random_like(tree: dict) -> dict:

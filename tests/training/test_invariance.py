@@ -1,6 +1,5 @@
 """Ten updates do not depend on the number of devices, on how the parameters are split, or on how a batch is accumulated."""
 
-from collections.abc import Iterator
 from functools import cache
 from unittest import mock
 
@@ -13,6 +12,8 @@ from ldm_jax.sharding.mesh import make_mesh, replicated, to_global
 from ldm_jax.training import loop
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 10
 LOSSES = {
     "autoencoder": ("loss/nll", "loss/kl", "loss/discriminator", "loss/generator", "adaptive_weight", "gradient_norm"),
@@ -23,12 +24,6 @@ LOSSES = {
 }
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 4, 1), "accumulated": (1, 1, 4), "mixed-accumulated": (2, 2, 4)}
 FAST = {"autoencoder": ("mixed", "accumulated"), "vq": ("accumulated",), "vq-ema": ("accumulated",), "moments": ("mixed", "accumulated")}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
-        yield
 
 
 @cache
