@@ -12,7 +12,10 @@ _RHO = 7.0  # of 'karras'
 
 
 class Grid(NamedTuple):
-    """Noise levels, each [steps + 1], noisiest first; the last is where sampling ends, and no network is asked there.
+    """Noise levels, each [steps + 1], noisiest first; the last is where sampling ends.
+
+    Networks are asked at all others, and never for clean data; where some noise is left at the last ('legacy_ldm'), 'heun' and 'flow_heun'
+    ask there too.
 
     Attributes:
       t: times in the process's units.

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.diffusion.checks import check_finite
 from ldm_jax.diffusion.grid import Grid
 from ldm_jax.diffusion.prediction import coefficients, solve
 from ldm_jax.diffusion.process import Process, expand
@@ -40,7 +41,7 @@ class Guidance:
       rescale: 0 to 1, how far the result is brought back to the standard deviation of the wanted one (arXiv 2305.08891, eq. 15 and 16).
       parallel: of 'apg', the share (its eta) of the difference along the wanted x_0 that is kept.
       radius: of 'apg', the largest norm of the difference; 0 is no bound.
-      momentum: of 'apg', the factor of the differences before, usually negative.
+      momentum: of 'apg', the factor of the differences before, between -1 and 1, usually negative.
 
     Raises ValueError at construction for settings that make no sense or have no effect.
     """
@@ -54,14 +55,17 @@ class Guidance:
 
     def __post_init__(self) -> None:
         lookup("guidance", {kind: kind for kind in ("cfg", "cfg++", "apg")}, self.kind)
+        check_finite(self, "the guidance")
         if not 0 <= self.interval[0] < self.interval[1]:
             raise ValueError(f"the guidance interval must be 0 <= low < high in units of sigma/alpha, got {self.interval}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale must be in [0, 1], got {self.rescale}")
         if self.kind != "apg" and (self.parallel, self.radius, self.momentum) != (1.0, 0.0, 0.0):
             raise ValueError(f"parallel, radius and momentum are of guidance 'apg', not of {self.kind!r}")
-        if self.radius < 0:
-            raise ValueError(f"the radius of 'apg' must not be negative, got {self.radius}")
+        if self.kind == "cfg++" and self.rescale:
+            raise ValueError("guidance 'cfg++' has no rescale, which would change the noise that it leaves unguided: take 'cfg' or 'apg'")
+        if self.radius < 0 or not -1 < self.momentum < 1:
+            raise ValueError(f"radius of 'apg' must be 0 or more, and momentum between -1 and 1, got {self.radius} and {self.momentum}")
 
     @property
     def everywhere(self) -> bool:

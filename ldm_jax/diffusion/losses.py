@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.diffusion.checks import check_finite
 from ldm_jax.diffusion.prediction import coefficients, determinant, target
 from ldm_jax.diffusion.process import Array, Process, expand
 from ldm_jax.diffusion.schedules import lookup
@@ -22,7 +24,7 @@ class DiffusionLoss:
       loss: 'l1', 'l2' or 'huber', elementwise on the prediction.
       weighting: a key of `WEIGHTINGS`; it multiplies the loss whatever its kind.
       gamma: the cap of 'min_snr' and 'soft_min_snr' on the signal-to-noise ratio; the exponent of 'p2'.
-      weight_offset: k of 'p2', b of 'sigmoid'.
+      weight_offset: k of 'p2'; b of 'sigmoid', a log-SNR of which what lies beyond +-60 counts as that.
       vlb_weight: factor of the variational bound's weight, which is added to the weighting's (the paper's code: original_elbo_weight); of
         discrete processes.
       huber_delta: where 'huber' turns from squares to lines.
@@ -42,6 +44,7 @@ class DiffusionLoss:
         coefficients(self.prediction, 1.0, 0.0)
         lookup("loss", ELEMENTWISE, self.loss)
         lookup("weighting", WEIGHTINGS, self.weighting)
+        check_finite(self, "the diffusion loss")
         if self.vlb_weight < 0 or (self.weighting == "p2" and not self.weight_offset > 0):
             raise ValueError(f"vlb_weight must not be negative, and p2's offset be positive: {self.vlb_weight}, {self.weight_offset}")
         for name in ("gamma", "huber_delta"):
@@ -62,47 +65,62 @@ ELEMENTWISE: dict[str, Callable[[jax.Array, DiffusionLoss], jax.Array]] = {
 }
 
 
+class _Noise(NamedTuple):
+    """A noise level: alpha, sigma, the standard deviation of the data, and `Process.turning`."""
+
+    alpha: Array
+    sigma: Array
+    data: float
+    turning: Array
+
+
 # Weights of the squared error of x_0, times sigma^2: that is regular at both ends, where the weights themselves need not be.
-# Arguments: settings, alpha, sigma, standard deviation of the data.
-WEIGHTINGS: dict[str, Callable[[DiffusionLoss, Array, Array, float], Array] | None] = {
+WEIGHTINGS: dict[str, Callable[[DiffusionLoss, _Noise], Array] | None] = {
     # Every element of the network's own prediction counts alike.
     "none": None,
     # min(SNR, gamma): Hang et al., arXiv 2303.09556, eq. 6.
-    "min_snr": lambda s, alpha, sigma, data: jnp.minimum(alpha**2, s.gamma * sigma**2),
+    "min_snr": lambda s, at: jnp.minimum(at.alpha**2, s.gamma * at.sigma**2),
     # SNR gamma/(SNR + gamma): Crowson et al., arXiv 2401.11605, section 3.4.
-    "soft_min_snr": lambda s, alpha, sigma, data: s.gamma * alpha**2 * sigma**2 / (alpha**2 + s.gamma * sigma**2),
+    "soft_min_snr": lambda s, at: s.gamma * at.alpha**2 * at.sigma**2 / (at.alpha**2 + s.gamma * at.sigma**2),
     # SNR/(k + SNR)^gamma, that is 1/(k + SNR)^gamma on eps: Choi et al., arXiv 2204.00227, eq. 8.
-    "p2": lambda s, alpha, sigma, data: alpha**2 * (sigma**2 / (s.weight_offset * sigma**2 + alpha**2)) ** s.gamma,
+    "p2": lambda s, at: at.alpha**2 * (at.sigma**2 / (s.weight_offset * at.sigma**2 + at.alpha**2)) ** s.gamma,
     # (r^2 + s^2)/(r s)^2 with r = sigma/alpha: Karras et al., arXiv 2206.00364, table 1; 1 on the 'edm' prediction.
-    "edm": lambda s, alpha, sigma, data: (sigma**2 + (alpha * data) ** 2) / data**2,
-    # SNR sigmoid(b - log SNR), that is sigmoid(b - log SNR) on eps: Kingma & Gao, arXiv 2303.00848, section 6.
-    "sigmoid": lambda s, alpha, sigma, data: (alpha * sigma) ** 2 / (sigma**2 + alpha**2 * math.exp(-s.weight_offset)),
+    "edm": lambda s, at: (at.sigma**2 + (at.alpha * at.data) ** 2) / at.data**2,
+    # sigmoid(b - lambda) on eps for each log-SNR lambda alike, so times the fall of lambda with the fraction of time, one over its density:
+    # Kingma & Gao, arXiv 2303.00848, eq. 8 and section 6. Under uniform fractions every process then has the same loss; another law of
+    # times weighs by its density of fractions besides.
+    "sigmoid": lambda s, at: at.alpha * at.sigma * at.turning / (at.sigma**2 + at.alpha**2 * math.exp(min(max(-s.weight_offset, -60), 60))),
 }
 _NEAR = 1e-4  # alpha or sigma where the prediction says nothing of x_0: the weight is taken near there, and finite where its limit is not
 
 
 def loss_weight(process: Process, settings: DiffusionLoss, t: Array) -> jax.Array:
-    """The weight of the loss at each t, shaped as t; finite at every t.
+    """The weight of the loss at each t, without the bound's, shaped as t; finite at every t.
 
     At fixed x_t an error of x_0 is -sigma/determinant times one of the prediction, so a weight w on x_0 is w sigma^2/determinant^2 on the
     prediction: with 'min_snr' min(SNR, gamma)/SNR for eps, min(SNR, gamma)/(SNR + 1) for v.
     """
-    alpha, sigma, data = process.alpha(t), process.sigma(t), process.sigma_data
-    singular = determinant(settings.prediction, alpha, sigma, data) == 0
-    alpha, sigma = (jnp.where(singular, jnp.maximum(value, _NEAR), value) for value in (alpha, sigma))
-    det = determinant(settings.prediction, alpha, sigma, data)
+    at, det = _noise(process, settings.prediction, t)
     own = WEIGHTINGS[settings.weighting]
-    weight = jnp.ones_like(alpha) if own is None else own(settings, alpha, sigma, data) / det**2
-    if settings.vlb_weight:
-        weight += settings.vlb_weight * _vlb(process, t) * sigma**2 / det**2
-    return weight
+    return jnp.ones_like(at.alpha) if own is None else own(settings, at) / det**2
 
 
-def _vlb(process: Process, t: Array) -> jax.Array:
-    """Half the loss of signal-to-noise ratio in the step to t (Kingma et al., arXiv 2107.00630, eq. 14), the weight of the bound on x_0.
+def _noise(process: Process, prediction: str, t: Array) -> tuple[_Noise, Array]:
+    """The noise levels, and the determinant of the prediction there, which is not 0."""
+    alpha, sigma, data = process.alpha(t), process.sigma(t), process.sigma_data
+    singular = determinant(prediction, alpha, sigma, data) == 0
+    alpha, sigma = (jnp.where(singular, jnp.maximum(value, _NEAR), value) for value in (alpha, sigma))
+    return _Noise(alpha, sigma, data, process.turning(t)), determinant(prediction, alpha, sigma, data)
 
-    Times 0 and 1 share the weight of 1: the first term of the bound is of another kind, and infinite here.
+
+def bound_weight(process: Process, settings: DiffusionLoss, t: Array) -> jax.Array:
+    """`vlb_weight` times the weight of the variational bound at each t, shaped as t.
+
+    On x_0 it is half the loss of signal-to-noise ratio in the step to t (Kingma et al., arXiv 2107.00630, eq. 14). Times 0 and 1 share the
+    weight of 1: the first term of the bound is of another kind, and infinite here. Raises ValueError for a process of continuous time.
     """
+    if not settings.vlb_weight:
+        return jnp.zeros_like(process.alpha(t))
     if process.num_times is None:
         raise ValueError("vlb_weight is of discrete processes: leave it at 0")
     later = jnp.maximum(jnp.asarray(t), 1.0)
@@ -110,7 +128,8 @@ def _vlb(process: Process, t: Array) -> jax.Array:
     def snr(t: jax.Array) -> jax.Array:
         return (process.alpha(t) / process.sigma(t)) ** 2
 
-    return 0.5 * (snr(later - 1) - snr(later))
+    at, det = _noise(process, settings.prediction, t)
+    return settings.vlb_weight * 0.5 * (snr(later - 1) - snr(later)) * at.sigma**2 / det**2
 
 
 def noised(process: Process, x0: jax.Array, eps: jax.Array, t: Array) -> jax.Array:
@@ -119,20 +138,22 @@ def noised(process: Process, x0: jax.Array, eps: jax.Array, t: Array) -> jax.Arr
     return expand(process.alpha(t), x0).astype(dtype) * x0 + expand(process.sigma(t), x0).astype(dtype) * eps
 
 
-def per_example(process: Process, settings: DiffusionLoss, pred: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-    """Weighted loss of each example, the mean over its elements.
+def per_example(
+    process: Process, settings: DiffusionLoss, pred: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Loss of each example, the mean over its elements: weighted, and the variational bound's share, which is added to it.
 
     Args:
       pred: [B, ...], the network's answer at `noised(process, x0, eps, t)`.
       x0, eps: [B, ...], data and noise.
       t: [B], in the process's units.
 
-    Returns: [B] in promote_types(pred.dtype, float32).
+    Returns: two of [B] in promote_types(pred.dtype, float32).
     """
     dtype = jnp.promote_types(pred.dtype, jnp.float32)
     error = pred.astype(dtype) - target(settings.prediction, process, x0, eps, t).astype(dtype)
     loss = ELEMENTWISE[settings.loss](error, settings).mean(axis=tuple(range(1, error.ndim)))
-    return loss * loss_weight(process, settings, t).astype(dtype)
+    return loss * loss_weight(process, settings, t).astype(dtype), loss * bound_weight(process, settings, t).astype(dtype)
 
 
 def training_noise(

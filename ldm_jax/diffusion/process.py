@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.diffusion import schedules
+from ldm_jax.diffusion.checks import check_finite
 
 Array = Any  # a jax array (traced or not), a numpy array or a Python number
 
@@ -55,6 +56,10 @@ class Process(Protocol):
 
     def fraction_of(self, t: Array) -> Array:
         """The fraction in [0, 1] that `time_at` maps to t."""
+
+    def turning(self, t: Array) -> Array:
+        """2 (alpha sigma' - sigma alpha') with derivatives by the fraction of `time_at`: alpha sigma times the fall of log-SNR, or one over
+        the density of log-SNR under uniform fractions, and finite at both ends."""
 
     def time_of_ratio(self, ratio: Array) -> Array:
         """The time at which sigma/alpha, noise in units of the signal, is `ratio` > 0; clipped to the process's own times."""
@@ -119,7 +124,7 @@ class DiscreteProcess(_Common):
 
     Attributes:
       schedule: a key of `schedules.SCHEDULES`.
-      start, end: the first and last beta; None is the schedule's default.
+      start, end: the first and last beta; None or 0 is the schedule's own.
       num_steps: T.
       zero_terminal_snr: rescale so that alpha(T-1) = 0 (arXiv 2305.08891).
       betas: the schedule itself, for `schedule` 'given'.
@@ -135,6 +140,7 @@ class DiscreteProcess(_Common):
     betas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        check_finite(self, "the discrete process")
         schedules.make_betas(self.schedule, self.num_steps, self.start, self.end, self.betas)
 
     @property
@@ -160,6 +166,13 @@ class DiscreteProcess(_Common):
     def sigma(self, t: Array) -> Array:
         alpha, sigma, namespace = self._chord(t)
         return sigma / namespace.hypot(alpha, sigma)
+
+    def turning(self, t: Array) -> Array:
+        """Over half a step to both sides, as far as there are times."""
+        namespace, t = _floating(t)
+        before, after = namespace.maximum(t - 0.5, self.t_clean), namespace.minimum(t + 0.5, self.t_max)
+        angles = [namespace.arctan2(self.sigma(end), self.alpha(end)) for end in (before, after)]
+        return 2 * self.num_steps * (angles[1] - angles[0]) / (after - before)
 
     def time_of_ratio(self, ratio: Array) -> Array:
         namespace, ratio = _floating(ratio)
@@ -215,6 +228,7 @@ class FlowProcess(_UnitTime):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self, "the flow process")
         if not self.shift > 0:
             raise ValueError(f"shift of the flow process must be positive, got {self.shift}")
 
@@ -223,6 +237,10 @@ class FlowProcess(_UnitTime):
 
     def sigma(self, t: Array) -> Array:
         return _floating(t)[1]
+
+    def turning(self, t: Array) -> Array:
+        """2 dt/du."""
+        return 2 * (self.shift - (self.shift - 1) * _floating(t)[1]) ** 2 / self.shift
 
     def time_of_ratio(self, ratio: Array) -> Array:
         _, ratio = _floating(ratio)
@@ -248,6 +266,7 @@ class CosineProcess(_UnitTime):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self, "the cosine process")
         if not self.shift > 0:
             raise ValueError(f"shift of the cosine process must be positive, got {self.shift}")
 
@@ -256,6 +275,12 @@ class CosineProcess(_UnitTime):
 
     def sigma(self, t: Array) -> Array:
         return self._both(t)[1]
+
+    def turning(self, t: Array) -> Array:
+        """Of log-SNR 2 log(shift/tan(pi t/2)), whose fall is 2 pi/sin(pi t)."""
+        namespace, t = _floating(t)
+        alpha, sigma = namespace.cos(t * (np.pi / 2)), namespace.sin(t * (np.pi / 2))
+        return np.pi * self.shift / ((self.shift * alpha) ** 2 + sigma**2)
 
     def time_of_ratio(self, ratio: Array) -> Array:
         namespace, ratio = _floating(ratio)
@@ -292,6 +317,7 @@ class SigmaProcess(_Continuous):
     sigma_data: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self, "the process of sigmas")
         if not 0 < self.sigma_min < self.sigma_max or self.rho < 0 or not self.sigma_data > 0:
             raise ValueError(
                 f"a process of sigmas needs 0 < sigma_min < sigma_max, rho >= 0 and sigma_data > 0, got {self.sigma_min}, {self.sigma_max},"
@@ -312,6 +338,14 @@ class SigmaProcess(_Continuous):
 
     def sigma(self, t: Array) -> Array:
         return _floating(t)[1]
+
+    def turning(self, t: Array) -> Array:
+        """2 dt/du."""
+        _, t = _floating(t)
+        if self.rho == 0:
+            return 2 * t * np.log(self.sigma_max / self.sigma_min)
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return 2 * self.rho * (high - low) * t ** (1 - 1 / self.rho)
 
     def time_of_ratio(self, ratio: Array) -> Array:
         return _floating(ratio)[1]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ldm_jax.diffusion.checks import check_finite
 from ldm_jax.diffusion.grid import SPACINGS, Grid, Level, make_grid
 from ldm_jax.diffusion.prediction import determinant, solve
 from ldm_jax.diffusion.process import Process, expand
@@ -39,7 +40,7 @@ class SamplerSettings:
       steps: number of steps, at least 1, honoured exactly.
       eta: for 'ddim', 0 (deterministic) to 1 (ancestral).
       spacing: a key of `grid.SPACINGS`: 'leading', 'trailing', 'linspace', 'karras', 'exponential', 'legacy_ldm'.
-      strength: where sampling starts from data, the share of the steps that are run, in (0, 1].
+      strength: where sampling starts from data, the share of the steps that are run, in (0, 1], rounded up to whole steps.
       churn, churn_interval, churn_noise: for 'heun', see `solvers.Options`.
       threshold: 'none'; 'static', x_0 is clipped to +-`threshold_max`; 'dynamic' (arXiv 2205.11487, section 2.3), x_0 is clipped to its
         own `threshold_quantile` where that is larger than `threshold_max`, and scaled back to it. For pixels; latents have no bounds.
@@ -63,6 +64,7 @@ class SamplerSettings:
         solver = lookup("sampler", SOLVERS, self.kind)
         lookup("spacing", SPACINGS, self.spacing)
         lookup("threshold", THRESHOLDS, self.threshold)
+        check_finite(self, "the sampler")
         if self.steps < 1:
             raise ValueError(f"a sampler needs at least 1 step, got steps={self.steps}")
         if not 0 <= self.eta <= 1:
@@ -113,9 +115,15 @@ class Trajectory(NamedTuple):
 
 
 def sampling_grid(process: Process, settings: SamplerSettings, from_data: bool = False) -> Grid:
-    """The grid that is sampled on: from data, what `settings.strength` leaves of it, at least a step. Raises as `make_grid`."""
+    """The grid that is sampled on: from data, the last steps of it, `settings.strength` of all and at least one. Raises as `make_grid`."""
     grid = make_grid(process, settings.spacing, settings.steps)
-    return grid.after(settings.steps - max(1, round(settings.strength * settings.steps))) if from_data else grid
+    run = math.ceil(settings.strength * settings.steps - 1e-9)  # 0.1 of 30 is 3, though not in floating point
+    return grid.after(settings.steps - run) if from_data else grid
+
+
+def start_scale(process: Process, level: Level) -> float:
+    """The standard deviation of x_t at the first level, for data of the process's own."""
+    return float(np.hypot(level.alpha * process.sigma_data, level.sigma))
 
 
 def sample(
@@ -172,8 +180,7 @@ def trajectory(
     elif keys is None or keys.shape != noise.shape[:1]:
         raise ValueError(f"sampler {settings.kind!r} adds noise: give keys, one per image [{noise.shape[0]}]")
     first = Level(*(values[0] for values in table.level))
-    # Without data to start from: data of unit variance with the noise of the first level.
-    scale = float(first.sigma if init is not None else np.hypot(first.alpha, first.sigma))
+    scale = float(first.sigma) if init is not None else start_scale(process, first)
     x = scale * noise.astype(dtype) + (0.0 if init is None else float(first.alpha) * init.astype(dtype))
     answer = _answers(denoise, process, prediction, settings, table.basis)
     return integrate(answer, table, x, keys, known, record_every)
@@ -288,7 +295,8 @@ def invert(denoise: Denoise, process: Process, prediction: str, settings: Sample
     _check_determined(process, prediction, settings, table)
     dtype = jnp.promote_types(x0.dtype, jnp.float32)
     answers = _answers(denoise, process, prediction, settings, "eps")
-    return integrate(answers, table, x0.astype(dtype), None, None, 0).x0 / float(np.hypot(grid.alpha[0], grid.sigma[0]))
+    first = Level(grid.t[0], grid.alpha[0], grid.sigma[0])
+    return integrate(answers, table, x0.astype(dtype), None, None, 0).x0 / start_scale(process, first)
 
 
 def _inverse_table(grid: Grid) -> Table:

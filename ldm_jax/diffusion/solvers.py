@@ -146,14 +146,26 @@ def ddim(process: Process, grid: Grid, options: Options) -> Table:
     return compiled("x0", rows)
 
 
+_MOST_NOISE = 1e4
+
+
+def _check_signal(kind: str, grid: Grid) -> None:
+    """Trapezoids in sigma/alpha do not hold far above 1: a step down from 2e4 (the discrete cosine schedule) to 30 weighs the difference
+    of two answers with hundreds, which is wrong in exact arithmetic, and in float32 loses what is left."""
+    if not grid.ratio[0] <= _MOST_NOISE:
+        raise ValueError(
+            f"sampler {kind!r} needs some signal at the first time, and there noise is {grid.ratio[0]:.3g} times as large (at most"
+            f" {_MOST_NOISE:g}): use 'flow_heun'"
+        )
+
+
 def heun(process: Process, grid: Grid, options: Options) -> Table:
     """Karras et al., arXiv 2206.00364, algorithms 1 and 2, in sigma/alpha: two evaluations a step, but for the step to clean data.
 
     With churn, the state is noised up before a step, never beyond the process's noisiest time.
     """
+    _check_signal("heun", grid)
     ratio, alpha = grid.ratio, grid.alpha
-    if not np.isfinite(ratio[0]):
-        raise ValueError("sampler 'heun' needs some signal at the first time: use 'flow_heun'")
     low, high = options.churn_interval
     up = np.where((ratio >= low) & (ratio <= high), min(options.churn / grid.steps, math.sqrt(2) - 1), 0.0)
     start = grid
@@ -204,6 +216,7 @@ def plms(process: Process, grid: Grid, options: Options) -> Table:
 
     The first step is a trapezoidal one and costs one evaluation more.
     """
+    _check_signal("plms", grid)
 
     def moved(i: int, state: str, eps: Combination) -> Combination:
         keep = grid.alpha[i + 1] / grid.alpha[i]
@@ -261,15 +274,18 @@ def dpmpp_2m_sde(process: Process, grid: Grid, options: Options) -> Table:
     return compiled("x0", rows)
 
 
-def dpmpp_3m(process: Process, grid: Grid, options: Options) -> Table:
+def dpmpp_3m(process: Process, grid: Grid, options: Options, published: bool = False) -> Table:
     """DPM-Solver++ multistep of order 3 (arXiv 2211.01095, appendix B): the first two derivatives of x_0 in lambda from three answers.
 
-    It begins with orders 1 and 2; with fewer than 15 steps it also ends with 2 and 1.
+    It begins with orders 1 and 2; with fewer than 15 steps it also ends with 2 and 1, and the step to clean data is always of order 1.
+
+    As `published`, in the paper's code and in diffusers, the second divided difference, which is half of h^2 x_0'', stands where the whole
+    belongs: the step then is not exact for a quadratic x_0, and the order is 2.
     """
     h, rows = np.diff(grid.half_log_snr), list[Row]()
     for i in range(grid.steps):
         decay, gain = _exponential_euler(grid, i)
-        order = _order(grid, i, 2 if grid.steps < 15 and i == grid.steps - 2 else 3)
+        order = _order(grid, i, min(3, grid.steps - i) if grid.steps < 15 else 3)
         terms: list[tuple[float, Combination]] = [(decay, X), (gain, {i: 1.0})]
         if order == 2:
             terms.append((gain / 2, _slope(h, i)))
@@ -278,7 +294,8 @@ def dpmpp_3m(process: Process, grid: Grid, options: Options) -> Table:
             older = {i - 1: 1 / before, i - 2: -1 / before}
             weight = last / (last + before)
             first = _sum((1 + weight, _slope(h, i)), (-weight, older))
-            second = _sum((1 / (last + before), _slope(h, i)), (-1 / (last + before), older))
+            bend = (1 if published else 2) / (last + before)
+            second = _sum((bend, _slope(h, i)), (-bend, older))
             phi = math.expm1(-h[i])
             terms += [(grid.alpha[i + 1] * (phi / h[i] + 1), first), (-grid.alpha[i + 1] * ((phi + h[i]) / h[i] ** 2 - 0.5), second)]
         rows.append(Row(_level(grid, i), _sum(*terms)))

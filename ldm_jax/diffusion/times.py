@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.diffusion.checks import check_finite
 from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.schedules import lookup
 
@@ -20,8 +21,9 @@ class TimeSampling:
         mod 1 with one offset for the batch, uniform for each example and evenly spread over the batch (Kingma et al., arXiv 2107.00630,
         appendix I.1); 'logit_normal', logit(u) ~ N(mean, std^2) (Esser et al., arXiv 2403.03206, eq. 19); 'mode', u = f(v) for uniform v
         with f(v) = 1 - v - mode_scale (cos^2(pi v/2) - 1 + v) (the same, eq. 20).
-        Of noise itself: 'log_normal', log(sigma/alpha) ~ N(mean, std^2), cut off at the process's ends (Karras et al., arXiv 2206.00364,
-        table 1: -1.2 and 1.2; EDM2, arXiv 2312.02696: -0.4 and 1.0 on ImageNet's latents).
+        Of noise itself, cut off at the process's ends: 'log_normal', log(sigma/alpha) ~ N(mean, std^2); 'edm' and 'edm2', the laws of
+        Karras et al., arXiv 2206.00364, table 1 (-1.2 and 1.2) and arXiv 2312.02696 (-0.4 and 1.0), which were found for data of standard
+        deviation 0.5 and are kept in units of the process's `sigma_data`: log(sigma/(2 alpha sigma_data)) has that mean and deviation.
       mean, std: of 'logit_normal' and 'log_normal'.
       mode_scale: of 'mode', -1 to 2/(pi - 2); above 0 more of the middle, below 0 more of the ends.
 
@@ -35,6 +37,7 @@ class TimeSampling:
 
     def __post_init__(self) -> None:
         lookup("time sampling", TIME_SAMPLINGS, self.kind)
+        check_finite(self, "the time sampling")
         if not self.std > 0:
             raise ValueError(f"std of the time sampling must be positive, got {self.std}")
         if not -1 <= self.mode_scale <= 2 / (np.pi - 2):
@@ -66,8 +69,20 @@ def _mode(settings: TimeSampling, key: jax.Array, batch: int) -> jax.Array:
 
 
 def _log_normal(settings: TimeSampling, process: Process, key: jax.Array, batch: int) -> jax.Array:
-    ratio = jnp.exp(settings.mean + settings.std * jax.random.normal(key, (batch,)))
-    t = jnp.clip(process.time_of_ratio(ratio), process.t_min, process.t_max)
+    return _at_log_ratio(process, settings.mean + settings.std * jax.random.normal(key, (batch,)))
+
+
+def _published(mean: float, std: float) -> Law:
+    """A law that was found for data of standard deviation 0.5."""
+
+    def law(settings: TimeSampling, process: Process, key: jax.Array, batch: int) -> jax.Array:
+        return _at_log_ratio(process, np.log(2 * process.sigma_data) + mean + std * jax.random.normal(key, (batch,)))
+
+    return law
+
+
+def _at_log_ratio(process: Process, log_ratio: jax.Array) -> jax.Array:
+    t = jnp.clip(process.time_of_ratio(jnp.exp(log_ratio)), process.t_min, process.t_max)
     return t if process.num_times is None else jnp.round(t)
 
 
@@ -77,6 +92,8 @@ TIME_SAMPLINGS: dict[str, Law] = {
     "logit_normal": _fractions(_logit_normal),
     "mode": _fractions(_mode),
     "log_normal": _log_normal,
+    "edm": _published(-1.2, 1.2),
+    "edm2": _published(-0.4, 1.0),
 }
 
 

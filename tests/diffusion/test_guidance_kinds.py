@@ -141,6 +141,14 @@ def test_settings_that_make_no_sense() -> None:
         ({"rescale": 1.5}, r"rescale must be in \[0, 1\]"),
         ({"momentum": -0.5}, "of guidance 'apg', not of 'cfg'"),
         ({"kind": "apg", "radius": -1.0}, "radius of 'apg'"),
+        ({"kind": "apg", "momentum": -1.0}, "momentum between -1 and 1"),
+        ({"kind": "cfg++", "rescale": 0.5}, r"guidance 'cfg\+\+' has no rescale"),
+        ({"kind": "apg", "parallel": float("nan")}, "parallel of the guidance must be a finite number"),
+        ({"kind": "apg", "momentum": float("nan")}, "momentum of the guidance must be a finite number"),
+        ({"kind": "apg", "radius": float("inf")}, "radius of the guidance must be a finite number"),
+        ({"rescale": float("nan")}, "rescale of the guidance must be a finite number"),
+        ({"interval": (float("nan"), 1.0)}, "interval of the guidance must be a finite number"),
+        ({"interval": (1.0, float("nan"))}, "0 <= low < high"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

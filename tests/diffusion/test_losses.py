@@ -4,11 +4,21 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion import prediction
-from ldm_jax.diffusion.losses import WEIGHTINGS, DiffusionLoss, bucketed, loss_weight, noised, per_example, training_noise
-from ldm_jax.diffusion.process import DiscreteProcess, FlowProcess, SigmaProcess
+from ldm_jax.diffusion.losses import (
+    WEIGHTINGS,
+    DiffusionLoss,
+    bound_weight,
+    bucketed,
+    loss_weight,
+    noised,
+    per_example,
+    training_noise,
+)
+from ldm_jax.diffusion.process import CosineProcess, DiscreteProcess, FlowProcess, Process, SigmaProcess
 from ldm_jax.diffusion.times import TimeSampling, sample_times
 
 ZERO_SNR = DiscreteProcess("linear", 0.00085, 0.012, zero_terminal_snr=True)
+NUMBERS, NOT_FINITE = ("gamma", "weight_offset", "vlb_weight", "huber_delta"), (float("nan"), float("inf"))
 KINDS = ["eps", "x0", "v", "flow", "edm"]
 
 
@@ -42,8 +52,8 @@ def test_elementwise_losses_are_means_over_the_example() -> None:
     pred = jnp.asarray([[[0.5, -0.5], [0.5, 0.5]], [[2.0, 0.0], [0.0, -3.0]]])
     expected = {"l1": [0.5, 1.25], "l2": [0.25, 3.25], "huber": [0.25, (3 + 5) / 4]}
     for loss, value in expected.items():
-        np.testing.assert_allclose(per_example(process, DiffusionLoss("eps", loss), pred, x0, eps, t), value, rtol=1e-6)
-    assert per_example(process, DiffusionLoss(), pred.astype(jnp.bfloat16), x0, eps, t).dtype == jnp.float32
+        np.testing.assert_allclose(per_example(process, DiffusionLoss("eps", loss), pred, x0, eps, t)[0], value, rtol=1e-6)
+    assert per_example(process, DiffusionLoss(), pred.astype(jnp.bfloat16), x0, eps, t)[0].dtype == jnp.float32
 
 
 def test_min_snr_weights_are_the_published_ones() -> None:
@@ -78,7 +88,7 @@ def test_a_weighting_makes_all_predictions_one_objective(weighting: str) -> None
     def loss(estimate: jax.Array, kind: str) -> jax.Array:
         implied = prediction.to_eps("x0", process, estimate, x_t, t)
         pred = prediction.target(kind, process, estimate, implied, t)
-        return per_example(process, DiffusionLoss(kind, weighting=weighting), pred, x0, eps, t).sum()
+        return per_example(process, DiffusionLoss(kind, weighting=weighting), pred, x0, eps, t)[0].sum()
 
     with jax.enable_x64(True):
         x0, eps, estimate, t, x_t = (jnp.asarray(value, jnp.float64) for value in (x0, eps, estimate, t, x_t))
@@ -101,7 +111,7 @@ def test_every_prediction_has_the_same_minimiser(kind: str) -> None:
 
         def loss(pred: jax.Array) -> jax.Array:
             both = jnp.broadcast_to(pred, values.shape)
-            return (weight * per_example(process, DiffusionLoss(kind), both, values, noise, jnp.full(2, t))).sum()
+            return (weight * per_example(process, DiffusionLoss(kind), both, values, noise, jnp.full(2, t))[0]).sum()
 
         start = jnp.zeros((1, 1))
         best = start - jax.grad(loss)(start) / jax.hessian(loss)(start).reshape(1, 1)
@@ -115,7 +125,6 @@ def test_weightings_are_the_published_ones() -> None:
     on_eps = {
         "soft_min_snr": (DiffusionLoss(weighting="soft_min_snr"), 5 / (snr + 5)),
         "p2": (DiffusionLoss(weighting="p2", gamma=1.5, weight_offset=2.0), (2 + snr) ** -1.5),
-        "sigmoid": (DiffusionLoss(weighting="sigmoid", weight_offset=-1.0), 1 / (1 + snr * np.exp(1.0))),
     }
     for settings, expected in on_eps.values():
         np.testing.assert_allclose(loss_weight(process, settings, t), expected, rtol=2e-4)
@@ -134,12 +143,47 @@ def test_the_bound_has_the_weights_of_the_published_code() -> None:
     before = np.concatenate([[1.0], bar[:-1]])
     with np.errstate(divide="ignore"):
         expected = betas**2 / (2 * betas * (1 - before) / (1 - bar) * (1 - betas) * (1 - bar))
+    settings = DiffusionLoss(vlb_weight=0.1)
     with jax.enable_x64(True):
-        weight = loss_weight(process, DiffusionLoss(vlb_weight=0.1), jnp.arange(20.0))
-    np.testing.assert_allclose(weight[1:], 1 + 0.1 * expected[1:], rtol=1e-8)
+        weight = bound_weight(process, settings, jnp.arange(20.0))
+    np.testing.assert_allclose(weight[1:], 0.1 * expected[1:], rtol=1e-8)
     assert np.isfinite(weight[0])
+    t, x0 = jnp.asarray([3.0, 9.0]), jnp.ones((2, 4))
+    weighted, bound = per_example(process, settings, 3 * x0, x0, x0, t)
+    np.testing.assert_allclose(weighted, 4.0, rtol=1e-6)
+    np.testing.assert_allclose(bound, 0.4 * expected[[3, 9]], rtol=1e-4)
+    np.testing.assert_array_equal(per_example(FlowProcess(), DiffusionLoss(), x0, x0, x0, t / 20)[1], 0)
     with pytest.raises(ValueError, match="vlb_weight is of discrete processes"):
-        loss_weight(FlowProcess(), DiffusionLoss(vlb_weight=0.1), jnp.asarray([0.5]))
+        bound_weight(FlowProcess(), settings, jnp.asarray([0.5]))
+
+
+@pytest.mark.parametrize("offset", [-800.0, -1.0, 0.0, 2.0, 800.0])
+def test_the_sigmoid_weight_counts_every_log_snr_alike(offset: float) -> None:
+    """On eps it is sigmoid(b - lambda) over the density of lambda: so a function of lambda has one mean, whatever the process."""
+    settings = DiffusionLoss(weighting="sigmoid", weight_offset=offset)
+    fractions = (np.arange(200_000) + 0.5) / 200_000
+    expected = np.trapezoid(lambdas_weight := _sigmoid(np.clip(offset, -60, 60) - (grid := np.linspace(-4, 4, 20_001))), grid)
+    assert lambdas_weight.min() >= 0
+    processes: list[Process] = [FlowProcess(), FlowProcess(3.0), CosineProcess(), CosineProcess(0.5), SigmaProcess(), SigmaProcess(rho=0.0)]
+    for process in [*processes, DiscreteProcess(), ZERO_SNR, DiscreteProcess("cosine")]:
+        t = process.time_at(fractions)
+        within = np.abs(process.log_snr(t)) < 4
+        with jax.enable_x64(True):
+            mean = float((jnp.asarray(loss_weight(process, settings, t)) * within).mean())
+        assert mean == pytest.approx(expected, rel=5e-3, abs=1e-12)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offset", [-800.0, 800.0])
+def test_a_far_offset_is_finite_at_both_ends(kind: str, offset: float) -> None:
+    settings = DiffusionLoss(kind, weighting="sigmoid", weight_offset=offset)
+    for process in (ZERO_SNR, FlowProcess(), CosineProcess(), SigmaProcess()):
+        weight = loss_weight(process, settings, jnp.asarray([process.t_min, process.t_max]))
+        assert bool(jnp.isfinite(weight).all()) and float(weight.min()) >= 0
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -168,14 +212,23 @@ def test_mode_and_log_normal_times() -> None:
     v = np.sort(np.linspace(0, 1, 20001))
     expected = 1 - v - 1.29 * (np.cos(np.pi / 2 * v) ** 2 - 1 + v)
     assert abs(np.quantile(u, [0.1, 0.5, 0.9]) - np.quantile(expected, [0.1, 0.5, 0.9])).max() < 0.02
-    sigma = sample_times(TimeSampling("log_normal", -1.2, 1.2), SigmaProcess(), jax.random.key(0), 20000)
+    sigma = sample_times(TimeSampling("log_normal", -1.5, 1.1), SigmaProcess(), jax.random.key(0), 20000)
     log = np.log(np.asarray(sigma))
-    assert abs(log.mean() + 1.2) < 4 * 1.2 / 20000**0.5 and abs(log.std() - 1.2) < 0.03
+    assert abs(log.mean() + 1.5) < 4 * 1.1 / 20000**0.5 and abs(log.std() - 1.1) < 0.03
     t = np.asarray(sample_times(TimeSampling("log_normal", -1.2, 1.2), DiscreteProcess(), jax.random.key(0), 20000))
     ratio = DiscreteProcess().sigma(t) / DiscreteProcess().alpha(t)
     assert abs(np.median(np.log(ratio)) + 1.2) < 0.05
     np.testing.assert_array_equal(t, np.round(t))
     assert t.min() >= 0 and t.max() <= 999
+
+
+@pytest.mark.parametrize(("kind", "mean", "std"), [("edm", -1.2, 1.2), ("edm2", -0.4, 1.0)])
+def test_published_laws_of_noise_follow_the_data(kind: str, mean: float, std: float) -> None:
+    """Their numbers for data of standard deviation 0.5, and the same law in units of the data for any other."""
+    for data in (0.5, 1.0, 2.0):
+        process = SigmaProcess(1e-4, 1e4, sigma_data=data)
+        log = np.log(np.asarray(sample_times(TimeSampling(kind), process, jax.random.key(0), 20000)) * 0.5 / data)
+        assert abs(log.mean() - mean) < 4 * std / 20000**0.5 and abs(log.std() - std) < 0.03
 
 
 def test_noised_has_the_forward_marginal() -> None:
@@ -202,6 +255,7 @@ def test_buckets_partition_the_batch_and_contain_a_nan() -> None:
         ({"loss": "mse"}, "unknown loss 'mse': choose one of l1, l2, huber"),
         ({"weighting": "snr"}, "unknown weighting 'snr': choose one of none, min_snr, soft_min_snr, p2, edm, sigmoid"),
         ({"gamma": 0.0}, "gamma of the diffusion loss must be positive"),
+        *(({name: value}, f"{name} of the diffusion loss must be a finite number") for name in NUMBERS for value in NOT_FINITE),
     ],
 )
 def test_bad_input(settings: dict, message: str) -> None:
@@ -214,3 +268,7 @@ def test_bad_time_sampling() -> None:
         TimeSampling("lognormal")
     with pytest.raises(ValueError, match="std of the time sampling must be positive"):
         TimeSampling("logit_normal", std=0.0)
+    for name in ("mean", "std", "mode_scale"):
+        for value in NOT_FINITE:
+            with pytest.raises(ValueError, match=f"{name} of the time sampling must be a finite number"):
+                TimeSampling(**{name: value})

@@ -1,4 +1,6 @@
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +104,12 @@ def test_expand() -> None:
         ("continuous", {}, "unknown process 'continuous': choose one of discrete, flow"),
         ("flow", {"schedule": "linear"}, "process 'flow' has no setting 'schedule': it has shift"),
         ("flow", {"shift": 0.0}, "shift of the flow process must be positive"),
+        ("flow", {"shift": math.inf}, "shift of the flow process must be a finite number"),
+        ("cosine", {"shift": math.nan}, "shift of the cosine process must be a finite number"),
+        ("sigma", {"sigma_max": math.inf}, "sigma_max of the process of sigmas must be a finite number"),
+        ("sigma", {"rho": math.nan}, "rho of the process of sigmas must be a finite number"),
+        ("discrete", {"end": math.nan}, "end of the discrete process must be a finite number"),
+        ("discrete", {"schedule": "sqrt", "start": 0.2, "end": 0.9}, "leaves no signal before its last time"),
         ("discrete", {"schedule": "cosine", "end": 0.02}, "has no end"),
     ],
 )
@@ -154,6 +162,31 @@ def test_sigmas_are_those_of_edm() -> None:
 def test_given_betas_are_the_schedule() -> None:
     process = DiscreteProcess("given", num_steps=3, betas=(0.1, 0.2, 1.0))
     np.testing.assert_allclose(process.alpha(np.arange(3)) ** 2, [0.9, 0.72, 0], atol=1e-15)
-    for arguments in ({"betas": (0.1, 0.2)}, {"betas": (0.1, 0.2, 1.5)}, {"schedule": "linear", "betas": (0.1, 0.2, 0.3)}):
-        with pytest.raises(ValueError, match=r"betas for schedule|0 < start"):
+    again = dataclasses.replace(process, zero_terminal_snr=True)  # there is no signal at the end already
+    np.testing.assert_allclose(again.alpha(np.arange(3)), process.alpha(np.arange(3)), rtol=1e-12)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"betas": (0.1, 0.2)}, "2 betas for schedule 'given' of 3 steps"),
+        ({"betas": (0.1, 0.2, 1.5)}, "must lie between 0 and 1"),
+        ({"betas": (0.1, 1.0, 0.2)}, "must lie between 0 and 1; the last may be 1"),
+        ({"betas": (0.1, 1.0, 1.0), "zero_terminal_snr": True}, "must lie between 0 and 1; the last may be 1"),
+        ({"betas": (0.1, float("nan"), 1.0)}, "betas of the discrete process must be a finite number"),
+        ({"schedule": "linear", "betas": (0.1, 0.2, 0.3)}, "3 betas for schedule 'linear'"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
             DiscreteProcess(**{"schedule": "given", "num_steps": 3} | arguments)
+
+
+def test_the_fall_of_log_snr_is_its_derivative() -> None:
+    """`turning` against differences of log-SNR over a little of the time, or a step of discrete time."""
+    for process in ALL:
+        u = np.linspace(0.05, 0.95, 37)
+        t = process.time_at(u)
+        if process.num_times is None:
+            ends, span = (process.time_at(u - 1e-5), process.time_at(u + 1e-5)), 2e-5
+        else:
+            ends, span = (t - 0.5, t + 0.5), 1 / process.num_times
+        fall = (process.log_snr(ends[0]) - process.log_snr(ends[1])) / span
+        np.testing.assert_allclose(process.turning(t), process.alpha(t) * process.sigma(t) * fall, rtol=5e-3)
+        both = process.turning(jnp.asarray([process.t_min, process.t_max]))
+        assert both.dtype == jnp.float32 and bool(jnp.isfinite(both).all()) and float(both.min()) >= 0

@@ -21,6 +21,14 @@ def test_linear_beta_and_defaults() -> None:
     np.testing.assert_array_equal(schedules.make_betas("linear", 1000), schedules.make_betas("linear", 1000, 0.0015, 0.0195))
 
 
+@pytest.mark.parametrize("kind", schedules.ENDS)
+def test_no_ends_are_the_schedules_own(kind: str) -> None:
+    own = schedules.make_betas(kind, 50, *schedules.ENDS[kind])
+    for ends in ((), (None, None), (0.0, 0.0)):
+        np.testing.assert_array_equal(schedules.make_betas(kind, 50, *ends), own)
+    assert schedules.make_betas(kind, 50, 0.0, 0.03)[0] == own[0]
+
+
 def test_cosine_follows_its_formula() -> None:
     alpha_bar = np.cumprod(1 - schedules.make_betas("cosine", 1000))
     f = np.cos((np.arange(1, 990) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
