@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_jax.latent_diffusion import compute_dtype
 from ldm_jax.nn.layers import norm_groups
+from ldm_jax.stages import compute_dtype
 
 _PIXEL = {"l1": torch.abs, "l2": torch.square, "l1_l2": lambda d: d.abs() + d.square()}
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 from ldm_jax.cli import keep_freed_memory
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import first_stage_run, from_command
-from ldm_jax.latent_diffusion import FirstStage, build_autoencoder, compute_dtype
 from ldm_jax.sharding.mesh import make_mesh, replicated, to_global
+from ldm_jax.stages import FirstStage, build_autoencoder, compute_dtype
 from ldm_jax.training import loop
 from ldm_jax.training.autoencoder import AutoencoderStage
 from ldm_jax.training.diffusion import DiffusionStage

@@ -4,6 +4,7 @@
 
 Presets:
   shapes       (default) drawn scenes of one object, 64 px, by its colour and shape (40 classes); nothing to download, a few minutes.
+  smoke        the same, every stage in a minute: a check and not a model.
   imagenet-f4  LDM-4 (401M; 400M in table 10): FID 10.56, IS 103.49 by 250 DDIM steps; with guidance 1.5, FID 3.60, IS 247.67. 178,000
                updates of 1,200 images, 271 V100 days (tables 10, 15 and 18).
   imagenet-f8  LDM-8 (395M): FID 15.51, IS 79.03 by 200 DDIM steps; 4.8 million updates of 64 images, 79 V100 days (tables 10, 13 and 18).

@@ -3,13 +3,15 @@
     python -m ldm_jax.train --config configs/layout2img.py[:PRESET] --workdir runs/layout2img
 
 Presets:
-  shapes      (default) drawn scenes of 64 px and the boxes of their objects; nothing to download.
+  shapes      (default) drawn scenes of 64 px and the boxes of their objects; nothing to download, a few minutes.
+  smoke       the same, every stage in a minute: a check and not a model.
   openimages  LDM-4 (246M and 59M of text; 306M in table 15): FID 32.02 at 256 px (table 9); 4.4 million updates of 24 images on one A100
               (table 15). A sentence of 92 tokens, 16 layers.
   coco        LDM-8: FID 42.06; 170,000 updates of 48 images on one A100. Its configuration was not released; as table 15 describes it, with
               attention at every level, it has 312M and 59M of text, where the table counts 345M.
 
-Both sample, and take released weights; training them needs pictures with boxes, which no folder gives yet.
+The paper's presets take a folder of images with boxes.json by --config.data.path=DIR (docs/data.md), and a trained first stage by
+--config.first_stage.path.
 """
 
 from ml_collections import ConfigDict

@@ -3,12 +3,14 @@
     python -m ldm_jax.train --config configs/semantic.py[:PRESET] --workdir runs/semantic
 
 Presets:
-  shapes         (default) drawn scenes of 64 px and the class of each pixel; nothing to download.
+  shapes         (default) drawn scenes of 64 px and the class of each pixel; nothing to download, a few minutes.
+  smoke          the same, every stage in a minute: a check and not a model.
   landscapes256  LDM-4 (215M) on crops of 256 px: 360,000 updates of 48 images on one A100 (table 15), and
   landscapes512  on crops of 512 px of pictures of 768, in batches of 8 (the released file; section 4.3.2). No scores are published.
 
 The released configurations ask for attention at 32, 16 and 8, which no level of theirs has: it was trained with attention in the middle
-block only, and so it is here. Both sample, and take released weights; training them needs pictures with maps, which no folder gives yet.
+block only, and so it is here. They take a folder of images with segmentation/ by --config.data.path=DIR (docs/data.md), and a trained
+first stage by --config.first_stage.path.
 """
 
 from functools import partial

@@ -43,7 +43,7 @@ PROMPTS = (
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-    known = {"shapes": shapes, "smoke": smoke, "gpu": gpu, "laion-1p4b": laion_1p4b, "cc-f4": cc_f4, "sd1": sd1, "sd2": sd2, "sd2-v": sd2_v}
+    known = {"shapes": shapes, "gpu": gpu, "laion-1p4b": laion_1p4b, "cc-f4": cc_f4, "sd1": sd1, "sd2": sd2, "sd2-v": sd2_v}
     known |= {"sd1-inpainting": sd1_inpainting}
     return presets.choose(known, preset, "configs/txt2img.py")
 
@@ -52,25 +52,6 @@ def shapes() -> ConfigDict:
     config = presets.shapes()
     config.conditioning.text.update(enabled=True, vocab_size=512, max_length=24, width=128, depth=2, num_heads=4, head_dim=32)
     config.sample.prompts = PROMPTS
-    return config
-
-
-def smoke() -> ConfigDict:
-    config = shapes()
-    config.data.update(size=512, resolution=32)
-    config.first_stage.update(channels=16, channel_mult=(1, 2), patch_size=2)
-    config.first_stage.loss.disc_start = 24
-    config.first_stage.discriminator.features = 8
-    config.first_stage.train.update(steps=32, batch_size=8, log_every=8)
-    config.first_stage.optimizer.warmup = 4
-    config.first_stage.statistics_examples = 256
-    config.denoiser.update(channels=32, channel_mult=(1, 2), attention_levels=(1, 2))
-    config.conditioning.text.update(width=32, depth=1, num_heads=2, head_dim=16)
-    config.optimizer.warmup = 4
-    config.train.update(steps=32, batch_size=8, log_every=8)
-    config.sample.update(every=16, prompts=PROMPTS[:2], steps=4, batch_size=16)
-    config.evaluate.update(prompts=8, held_out=8, guidance=(2.0,), guidance_prompts=8)
-    config.checkpoint.update(every=8)
     return config
 
 
@@ -140,7 +121,7 @@ def sd1() -> ConfigDict:
 
 def sd1_inpainting() -> ConfigDict:
     config = sd1()
-    config.conditioning.mask.update(enabled=True, style="sd")
+    config.conditioning.mask.update(enabled=True, style="sd", shrink="nearest")
     return config
 
 

@@ -4,6 +4,7 @@
 
 Presets:
   shapes         (default) drawn scenes of 64 px; nothing to download, a few minutes.
+  smoke          the same, every stage in a minute: a check and not a model.
   celeba256      LDM-4 (274M): FID 5.11, 410,000 updates of 48 images, 14.4 V100 days; 500 DDIM steps.
   ffhq256        LDM-4 (274M): FID 4.98, 635,000 updates of 42 images, 26 V100 days; 200 steps, eta 1.
   bedrooms256    LDM-4 (274M): FID 2.95, 1.9 million updates of 48 images, 60 V100 days; 200 steps, eta 1.

@@ -192,10 +192,10 @@ def check(config: ConfigDict) -> None:
     if not config.evaluate.guidance or config.evaluate.held_out < 0:
         raise UserError("evaluate.guidance needs at least one scale, and evaluate.held_out may not be negative")
     if config.task == "autoencoder" or not config.first_stage.path:
-        check_resolution(config, _factor(config.first_stage))
+        check_resolution(config, latent_factor(config.first_stage))
 
 
-def _factor(first_stage: ConfigDict) -> int:
+def latent_factor(first_stage: ConfigDict) -> int:
     """Pixels a latent position stands for, along each axis."""
     return 1 if first_stage.kind == "identity" else first_stage.patch_size * 2 ** (len(first_stage.channel_mult) - 1)
 
@@ -240,7 +240,7 @@ def first_stage_run(config: ConfigDict) -> ConfigDict:
 # when. (`steps` stretches a schedule that decays; `init_from` is read once, at the start; whose first stage a denoiser has is looked at
 # when it goes on: `learnt_latents`.)
 _FREE = re.compile(
-    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan|init_from)|data\.(path|latents|workers)"
+    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan|init_from)|data\.(path|latents|workers|max_broken)"
     r"|first_stage\.(path|loss\.(vgg|linear))"
 )
 

@@ -90,14 +90,19 @@ def base() -> ConfigDict:
             "seed": 0,
             "task": "diffusion",  # diffusion (and its first stage where needed) | autoencoder
             "data": {
-                "source": "shapes",  # shapes | folder | tfds
-                "path": "",  # folder: the images; tfds: the data directory
+                "source": "shapes",  # shapes | folder | tfds | array_record | tar | table (Hugging Face's parquet or arrow): docs/data.md
+                "path": "",  # where the data lie; tfds: its data directory
                 "name": "",  # tfds: dataset
-                "split": "train",
-                "image_key": "image",
+                "split": "train",  # tfds, table
+                "image_key": "image",  # tfds, table: the feature or column of each field, as far as it is read
                 "text_key": "text",
                 "label_key": "label",
+                "boxes_key": "objects",
+                "segmentation_key": "segmentation",
+                "mask_key": "mask",
+                "max_broken": 0.001,  # share of the pictures that may be broken, and replaced by the next good one; more stop the run
                 "resolution": 64,  # pixels, square
+                "min_window": 0.0,  # pictures are random square windows of at least this share of the short side; 0: the central square
                 "flip": False,  # random horizontal mirroring (captions that speak of left and right become wrong)
                 "size": 40_000,  # shapes: scenes
                 "seed": 1,  # shapes: which scenes
@@ -169,14 +174,31 @@ def base() -> ConfigDict:
                     "drop_rate": 0.1,
                 },
                 "segmentation": {"enabled": False, "num_classes": 182, "stages": 2, "channels": 3, "drop_rate": 0.0},
-                "low_res": {"enabled": False, "drop_rate": 0.0},
-                "mask": {"enabled": False, "style": "ldm", "drop_rate": 0.0},  # style: ldm | sd (Stable Diffusion's order of channels)
-                "neighbors": {"enabled": False, "count": 20, "width": 768, "drop_rate": 0.1},
+                "low_res": {
+                    "enabled": False,
+                    "degradation": "bicubic",  # bicubic | bsr | bsr_light: how the small pictures are made
+                    "drop_rate": 0.0,
+                },
+                "mask": {
+                    "enabled": False,
+                    "style": "ldm",  # ldm | sd (Stable Diffusion's order of channels)
+                    "shrink": "any",  # any | nearest (as the released weights learnt it): what a latent is whose pixels differ
+                    "holes": "medium",  # thin | medium | wide | boxes | half | outpaint: what is drawn where the data has no masks
+                    "drop_rate": 0.0,
+                },
+                "neighbors": {
+                    "enabled": False,
+                    "count": 20,
+                    "width": 768,
+                    "database": "",  # .npy or .npz of embeddings to find neighbours in; "": those of the training pictures themselves
+                    "queries": "",  # embeddings of the training pictures, in their order; "": their 8x8 mean colours (width 192)
+                    "drop_rate": 0.1,
+                },
             },
             "diffusion": {
                 "process": "discrete",  # discrete | flow | cosine | sigma
                 "schedule": "linear",  # discrete: linear (the paper's, in sqrt(beta)) | linear_beta | sqrt | cosine | given
-                "start": 0.0015,  # discrete: first and last beta, of schedules that have them
+                "start": 0.0015,  # discrete: first and last beta, of schedules that have them; 0: the schedule's own
                 "end": 0.0195,
                 "betas": (),  # discrete, given: num_steps of them
                 "zero_terminal_snr": False,  # discrete: rescaled so that no signal is left at the last time
@@ -196,7 +218,7 @@ def base() -> ConfigDict:
                 "learn_log_variance": False,  # of the loss, one number a noise level: loss/exp(u) + u (the paper's learn_logvar)
                 "offset_noise": 0.0,  # standard deviation of noise that a channel has in common
                 "input_perturbation": 0.0,  # standard deviation of noise that the target does not have
-                "time_sampling": "uniform",  # uniform | stratified | logit_normal | mode | log_normal
+                "time_sampling": "uniform",  # uniform | stratified | logit_normal | mode | log_normal | edm | edm2
                 "time_mean": 0.0,  # of logit_normal, log_normal
                 "time_std": 1.0,
                 "mode_scale": 0.0,  # of mode

@@ -69,7 +69,9 @@ def set_first_stage(group: ConfigDict, name: str) -> None:
 
 
 def choose(known: Mapping[str, Any], preset: str, file: str) -> ConfigDict:
-    """The preset of that name of a configuration file, by the function that makes it. Raises UserError."""
+    """The preset of that name of a configuration file, by the function that makes it; "smoke" is made of "shapes". Raises UserError."""
+    if "shapes" in known:
+        known = {"shapes": known["shapes"], "smoke": lambda: smoke(known["shapes"]()), **known}
     if preset not in known:
         raise UserError(f"{file} has no preset {preset!r}; it has {', '.join(known)}")
     return known[preset]()
@@ -114,4 +116,26 @@ def shapes() -> ConfigDict:
     config.sample.update(every=2_000, sampler="euler", steps=25, guidance=3.0, spacing="trailing", batch_size=50)
     config.evaluate.update(prompts=500, held_out=200, guidance=(2.0, 3.0, 4.0), guidance_prompts=32)
     config.checkpoint.update(every=500, keep=2)
+    return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """A `shapes` preset of any task, so small that every stage runs in minutes: a check that it works, and not a model."""
+    config.data.update(size=512, resolution=32)
+    config.first_stage.update(channels=16, channel_mult=(1, 2), patch_size=2)
+    config.first_stage.loss.disc_start = 24
+    config.first_stage.discriminator.features = 8
+    config.first_stage.train.update(steps=32, batch_size=8, log_every=8)
+    config.first_stage.optimizer.warmup = 4
+    config.first_stage.statistics_examples = 256
+    config.denoiser.update(channels=32, channel_mult=(1, 2), attention_levels=(1, 2))
+    config.conditioning.text.update(width=32, depth=1, num_heads=2, head_dim=16)
+    config.conditioning.boxes.update(width=32, depth=1, num_heads=2, head_dim=16)
+    config.conditioning.label.width = 32
+    config.conditioning.segmentation.stages = 2
+    config.optimizer.warmup = 4
+    config.train.update(steps=32, batch_size=8, log_every=8)
+    config.sample.update(every=16, prompts=config.sample.prompts[:2], steps=4, batch_size=16)
+    config.evaluate.update(prompts=8, held_out=8, guidance=(2.0,), guidance_prompts=8)
+    config.checkpoint.update(every=8)
     return config

@@ -1,5 +1,6 @@
 """The commands: bad input is one clear line and exit code 2, with nothing left behind; shell and Python sample the same pixels."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import ldm_jax
-from ldm_jax import cli, encode, sample, train
+from ldm_jax import cli, encode, neighbors, sample, train
 from ldm_jax import config as configs
-from ldm_jax.data.transforms import center_crop
-from ldm_jax.latent_diffusion import FirstStage, LatentDiffusion, build_autoencoder, init_autoencoder
+from ldm_jax.data.embeddings import mean_colors
+from ldm_jax.data.transforms import center_crop, fit
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.stages import FirstStage, build_autoencoder, init_autoencoder
 from ldm_jax.training.diffusion import DiffusionStage
 from ldm_jax.training.run import model_info
 from tests import tiny
@@ -208,6 +211,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         cfg.conditioning.text.enabled = "text" in condition
         cfg.conditioning.label.update(enabled="label" in condition, num_classes=8, width=16)
         cfg.conditioning.boxes.update(enabled=condition == "boxes", width=16, depth=1, num_heads=2, head_dim=8)
+        cfg.conditioning.neighbors.update(count=4, width=6)
+        cfg.conditioning.segmentation.update(num_classes=5, stages=2)
+        if condition in ("segmentation", "low_res", "mask", "neighbors"):
+            cfg.conditioning[condition].enabled = True
+            cfg.data.cache = condition != "mask"
         first, first_params = first_stage(cfg)
         stage = DiffusionStage(cfg, first, first_params, tiny.Moments(), tiny.tokenizer(cfg))
         params = random_like(jax.eval_shape(lambda key: stage.denoiser.init(key, stage.latent_shape), jax.random.key(0)))
@@ -262,6 +270,52 @@ def test_models_that_are_told_other_things(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "grid.png"]
     for i, image in enumerate(images):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:05d}.png")), image)
+
+
+def test_files_of_what_a_model_is_told(models: Callable[[str], Path], run: Run, tmp_path: Path) -> None:
+    """Each kind of file means what its content means in Python."""
+    rng = np.random.default_rng(0)
+    small, picture = rng.integers(0, 256, (8, 4, 3), np.uint8), rng.integers(0, 256, (20, 24, 3), np.uint8)
+    classes, found = rng.integers(0, 5, (16, 16), np.uint8), rng.normal(size=(2, 3, 6)).astype(np.float32)
+    hole = np.zeros((20, 24), np.uint8)
+    hole[6:14, 8:15] = 255
+    for name, array in {"small": small, "picture": picture, "classes": classes, "hole": hole}.items():
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    np.save(tmp_path / "neighbors.npy", found)
+    (tmp_path / "boxes.json").write_text('[{"class": 3, "box": [0.1, 0.2, 0.5, 0.9]}]')
+    fitted = fit({"image": picture, "mask": hole > 0}, 16, 16)
+    cases: list[tuple[str, str, dict[str, Any]]] = [
+        ("boxes", "--boxes boxes.json boxes.json", {"boxes": [np.array([[3, 0.1, 0.2, 0.5, 0.9]], np.float32)] * 2}),
+        ("segmentation", "--segmentation classes.png", {"segmentation": [classes]}),
+        ("low_res", "--image small.png", {"low_res": [small]}),
+        ("mask", "--image picture.png --mask hole.png", {"image": [fitted["image"]], "mask": [fitted["mask"]]}),
+        ("neighbors", "--neighbors neighbors.npy", {"neighbors": list(found)}),
+    ]
+    for condition, flags, inputs in cases:
+        code, _, err = run(sample.main, "--model", str(models(condition)), *flags.split(), "--seed", "4", "--npz", "--output", condition)
+        assert code == cli.OK, err
+        images = ldm_jax.load(str(models(condition))).sample(**inputs, seed=4)
+        np.testing.assert_array_equal(np.load(tmp_path / condition / "samples.npz")["arr_0"], images)
+        png = Image.open(tmp_path / condition / "00000.png")
+        np.testing.assert_array_equal(np.asarray(png), images[0])
+        assert json.loads(png.info["parameters"])["seed"] == 4
+    assert np.asarray(Image.open(tmp_path / "low_res" / "00000.png")).shape == (32, 16, 3)
+    kept = np.asarray(Image.open(tmp_path / "mask" / "00000.png"))
+    np.testing.assert_array_equal(kept[~fitted["mask"]], fitted["image"][~fitted["mask"]])
+    assert (kept[fitted["mask"]] != fitted["image"][fitted["mask"]]).any()
+
+
+def test_neighbours_of_a_picture(run: Run, tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    rows = np.stack([mean_colors(picture) for picture in pictures])
+    np.savez(tmp_path / "database.npz", embeddings=rows)
+    Image.fromarray(pictures[4]).save(tmp_path / "query.png")
+    flags = "--database database.npz --queries query.png --count 2 --output found.npy"
+    assert run(neighbors.main, *flags.split())[:2] == (cli.OK, "1 x 2 neighbours: found.npy\n")
+    found = np.load(tmp_path / "found.npy")
+    assert found.shape == (1, 2, 192) and found.dtype == np.float32
+    np.testing.assert_allclose(found[0], rows[np.argsort(-(rows @ rows[4]))[:2]], atol=1e-6)
+    assert "7 neighbours of a database of 6" in refused(run(neighbors.main, *flags.replace("2", "7").split()))
 
 
 def test_how_it_is_drawn(model: Path, run: Run, tmp_path: Path) -> None:
@@ -340,8 +394,16 @@ def test_an_image_obeys_its_class(models: Callable[[str], Path]) -> None:
         ("text and label", ("--prompt", "a red circle"), "this model needs --label"),
         ("nothing", ("--prompt", "a red circle"), "this model takes no --prompt: it takes --num alone"),
         ("nothing", ("--label", "3"), "this model takes no --label: it takes --num alone"),
-        ("boxes", (), "this model needs boxes: give it in Python: ldm_jax.load(...).sample(boxes=[...])"),
-        ("boxes", ("--prompt", "a red circle"), "this model takes no --prompt: it takes boxes"),
+        ("boxes", (), "this model needs --boxes: one for every image, or one for each"),
+        ("boxes", ("--prompt", "a red circle"), "this model takes no --prompt: it takes --boxes"),
+        ("boxes", ("--boxes", "missing.json"), "cannot read boxes from missing.json"),
+        ("low_res", ("--image", "missing.png"), "cannot read the picture missing.png"),
+        ("low_res", ("--mask", "missing.png"), "this model takes no --mask: it takes --image"),
+        ("mask", ("--image", "missing.png"), "this model needs --mask"),
+        ("neighbors", ("--neighbors", "missing.npy"), "cannot read embeddings from missing.npy"),
+        ("nothing", ("--guidance", "7"), "guidance has no effect with a model whose training dropped no condition"),
+        ("nothing", ("--steps", "4", "--states", "5"), "states are kept after every 5 steps, of which there are 4"),
+        ("nothing", ("--seed", "99999999999999999999"), "seed must lie in [0, 2**32)"),
     ],
 )
 def test_what_a_model_is_told(

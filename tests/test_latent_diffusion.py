@@ -1,6 +1,7 @@
 """The model as one object: written and read, sampling, encoding and decoding, and what bad input gets."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import ldm_jax
+from ldm_jax.conditioning.conditioners import MaskConditioner
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
-from ldm_jax.latent_diffusion import LatentDiffusion, load_model, to_uint8
+from ldm_jax.latent_diffusion import LatentDiffusion, load_model
+from ldm_jax.stages import masked_jit, to_uint8
 from ldm_jax.training import state as states
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.run import model_info, versions
@@ -286,17 +289,25 @@ def test_a_model_of_another_format(saved: Path) -> None:
         load_model(saved)
 
 
-def test_pictures_with_holes(model: LatentDiffusion) -> None:
-    size, factor = model.info["resolution"], model.first_stage.network.factor
+@pytest.mark.parametrize(("style", "empty"), [("ldm", 0.0), ("sd", 127.5)])
+@pytest.mark.parametrize(("shrink", "rows"), [("any", 1), ("nearest", 0)])
+def test_pictures_with_holes(model: LatentDiffusion, style: Any, empty: float, shrink: Any, rows: int) -> None:
+    """A hole one pixel thick, off the pixels that stand for a latent."""
+    size, stage = model.info["resolution"], model.first_stage
     images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
-    masks = np.zeros((2, size, size), bool)
-    masks[0, :factor] = True
-    both = model.masked(images, masks)
+    holes = np.zeros((2, size, size), bool)
+    holes[0, 1] = True
+    conditioner = MaskConditioner(size // stage.network.factor, 0, style, shrink, 0.0)
+    both = np.asarray(masked_jit(stage, conditioner, model.params, images, holes))
     assert both.shape == (2, *model.latent_shape[:2], model.latent_shape[2] + 1) and both.dtype == np.float32
-    np.testing.assert_array_equal(both[..., -1], np.where(np.arange(size // factor)[:, None] == 0, [[[1]], [[-1]]], -1 + 0 * both[..., -1]))
-    black = images.copy()
-    black[0, :factor] = 0
-    np.testing.assert_allclose(both[..., :-1], model.encode(black), rtol=1e-5, atol=1e-5)
+    expected = -np.ones(both.shape[:3])
+    expected[0, :rows] = 1
+    np.testing.assert_array_equal(both[..., -1], expected)
+    floats = images / 127.5 - 1.0
+    floats[0, 1] = empty / 127.5 - 1.0
+    np.testing.assert_allclose(both[..., :-1], model.encode(floats.astype(np.float32)), rtol=1e-4, atol=1e-5)
+    images[0, 1] = 255 - images[0, 1]
+    np.testing.assert_array_equal(both, masked_jit(stage, conditioner, model.params, images, holes))
 
 
 def test_guidance_of_one_runs_a_batch_that_is_not_doubled(model: LatentDiffusion) -> None:
@@ -332,13 +343,50 @@ def test_pictures_stay_outside_a_hole(model: LatentDiffusion) -> None:
     holes = np.zeros((1, side, side), bool)
     holes[:, 5:7, 5:7] = True
     kept, other = (model.sample(prompts=PROMPTS, steps=4, init_images=p, holes=holes, seed=3) for p in (pictures, 255 - pictures))
-    own = to_uint8(model.decode(model.encode(pictures)))
-    assert not near(kept, own) and not near(kept, other)
-    assert near(model.sample(prompts=PROMPTS, steps=4, init_images=pictures, holes=np.zeros_like(holes)), own)
-    everything = model.sample(prompts=PROMPTS, steps=4, init_images=pictures, holes=np.ones_like(holes), seed=3)
-    assert near(everything, model.sample(prompts=PROMPTS, steps=4, seed=3))
+    inside = holes[0]
+    np.testing.assert_array_equal(kept[:, ~inside], pictures[:, ~inside])
+    assert not near(kept[:, inside], pictures[:, inside]) and not near(kept[:, inside], other[:, inside])
+    for everywhere in (np.zeros_like(holes), np.ones_like(holes)):
+        with pytest.raises(UserError, match="holes are everywhere, or nowhere"):
+            model.sample(prompts=PROMPTS, steps=4, init_images=pictures, holes=everywhere)
     with pytest.raises(UserError, match=r"holes must be \[1 or 3,"):
-        model.sample(prompts=PROMPTS, init_images=pictures, holes=holes[:, :4])
+        model.sample(prompts=PROMPTS, init_images=pictures, holes=holes[:, 4:])
+
+
+def test_pictures_larger_than_those_of_training(model: LatentDiffusion) -> None:
+    side = model.info["resolution"]
+    drawn = model.sample(prompts=PROMPTS[:2], steps=2, size=(side, 2 * side), seed=5)
+    assert drawn.shape == (2, side, 2 * side, 3)
+    again = model.sample(prompts=PROMPTS[:2], steps=2, init_images=np.zeros_like(drawn), strength=1.0, seed=5)
+    assert again.shape == drawn.shape
+    with pytest.raises(UserError, match="init_images is for"):
+        model.sample(prompts=PROMPTS[:2], size=(side, side), init_images=np.zeros_like(drawn), strength=0.5)
+    with pytest.raises(UserError, match=rf"multiples of \d+: {side}x{side}, not {side + 1}x{side}"):
+        model.sample(prompts=PROMPTS[:2], size=(side + 1, side))
+
+
+def test_large_pictures_in_tiles(model: LatentDiffusion) -> None:
+    """Tiles as large as the picture are the picture; smaller ones make another, that is decoded in tiles to the same latents' picture."""
+    side = model.info["resolution"]
+    wide: dict[str, Any] = {"prompts": PROMPTS[:2], "steps": 2, "size": (side, 2 * side), "seed": 5}
+    whole = model.sample(**wide)
+    assert near(whole, model.sample(**wide, tile=2 * side))
+    tiled, decoded = model.sample(**wide, tile=side), model.sample(**wide, decode_tile=side, tile_passes=3)
+    assert tiled.shape == whole.shape and not near(tiled, whole)
+    assert psnr(decoded, whole) > 30
+    apart = model.sample(**wide, decode_tile=side, tile_passes=0)
+    assert psnr(apart, whole) < psnr(decoded, whole)
+    latents = model.encode(whole)
+    np.testing.assert_allclose(model.encode(whole, tile=2 * side), latents, atol=1e-4)
+    np.testing.assert_allclose(model.decode(latents, tile=2 * side), model.decode(latents), atol=1e-4)
+    with pytest.raises(UserError, match="a tile of 3 pixels must be a multiple of"):
+        model.sample(**wide, tile=3)
+    with pytest.raises(UserError, match="tile_passes is of tile or decode_tile"):
+        model.sample(**wide, tile_passes=2)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(20 * np.log10(255) - 10 * np.log10(np.mean((a.astype(float) - b) ** 2)))
 
 
 def test_states_on_the_way_end_in_the_images(model: LatentDiffusion) -> None:
@@ -376,11 +424,19 @@ def test_a_weak_model_guides(model: LatentDiffusion, stage: Any) -> None:
     [
         ({"strength": 0.5}, "strength and holes are of init_images"),
         ({"init_images": np.zeros((1, 8, 8, 3), np.uint8)}, "started from with strength"),
-        ({"init_images": np.zeros((1, 8, 8, 3), np.uint8), "strength": 0.5}, r"init_images must be \[1 or 3,"),
+        ({"init_images": np.zeros((2, 8, 8, 3), np.uint8), "strength": 0.5}, r"init_images must be \[1 or 3,"),
         ({"guidance": 1.0, "guidance_rescale": 0.7}, "guidance_rescale has no effect with a scale of 1"),
         ({"guidance_kind": "cfg++", "guidance": 3.0, "sampler": "ddim"}, "'cfg\\+\\+' takes a scale from 0 to 1"),
         ({"guidance_kind": "cfg++", "guidance": 0.5, "sampler": "dpmpp_2m"}, "renoising in sampler 'ddim'"),
         ({"guidance_interval": [3.0, 1.0]}, "0 <= low < high"),
+        ({"guidance_interval": [1e5, 1e6]}, "guidance_interval 100000 to 1e[+]06 holds no level"),
+        ({"guidance_kind": "apg", "guidance": 3.0}, "'apg' is 'cfg' without"),
+        ({"guidance": 1.0, "negative": "a red circle"}, "negative has no effect with a scale of 1"),
+        ({"guidance": math.nan}, "guidance must be a number, not nan"),
+        ({"guidance": [1.0, math.inf, 2.0]}, "guidance must be a number"),
+        ({"seed": 2**32}, r"seed must lie in \[0, 2\*\*32\), not 4294967296"),
+        ({"seed": -1}, "seed must lie in"),
+        ({"sampler": "heun", "eta": 0.0}, "'heun' has no eta"),
         ({"sampler": "dpmpp_2m", "eta": 0.5}, "has no eta"),
         ({"spacing": "karras", "sampler": "dpmpp_2m", "steps": 5, "guidance_kind": "apc"}, "unknown guidance 'apc'"),
     ],
@@ -393,7 +449,8 @@ def test_combinations_that_make_no_sense(model: LatentDiffusion, options: dict[s
 @pytest.mark.parametrize(
     "options",
     [
-        {"guidance_kind": "apg", "guidance": 3.0},
+        {"guidance_kind": "apg", "guidance": 3.0, "guidance_parallel": 0.0},
+        {"guidance_kind": "apg", "guidance": 3.0, "guidance_radius": 0.5, "guidance_momentum": -0.5},
         {"guidance_kind": "cfg++", "guidance": 0.6, "sampler": "ddim"},
         {"guidance_interval": [0.2, 3.0], "guidance": 3.0, "guidance_rescale": 0.5},
         {"sampler": "dpmpp_2m"},
@@ -404,5 +461,4 @@ def test_options_reach_the_sampler(model: LatentDiffusion, options: dict[str, An
     base = model.sample(prompts=PROMPTS, steps=4, guidance=options.get("guidance"))
     found = model.sample(prompts=PROMPTS, steps=4, **options)
     assert found.shape == base.shape
-    if options.get("guidance_kind") != "apg":  # without its extras it is the plain one
-        assert not np.array_equal(found, base)
+    assert not np.array_equal(found, base)

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "ldm_jax"
 FLOORS = {
     "defaults": 0,
     "config": 1,
+    "nearest": 1,
     "nn": 1,
     "diffusion": 1,
     "interop.torch_file": 1,
@@ -22,6 +23,7 @@ FLOORS = {
     "model_directory": 2,
     "presets": 2,
     "sampling": 2,
+    "stages": 2.5,
     "latent_diffusion": 3,
     "interop": 4,
     "evaluation": 5,
@@ -72,7 +74,15 @@ def test_imports_come_from_floors_below(module: str) -> None:
 
 def test_every_room_has_a_floor() -> None:
     beside = {module for module in MODULES if room(module) == "front doors"}
-    assert beside == {"ldm_jax", "ldm_jax.cli", "ldm_jax.train", "ldm_jax.encode", "ldm_jax.sample", "ldm_jax.convert"}
+    assert beside == {
+        "ldm_jax",
+        "ldm_jax.cli",
+        "ldm_jax.train",
+        "ldm_jax.encode",
+        "ldm_jax.sample",
+        "ldm_jax.convert",
+        "ldm_jax.check_data",
+    }
     assert {room(module) for module in MODULES} | {"interop"} == set(FLOORS)
 
 
@@ -99,8 +109,9 @@ def test_packages_that_must_stay_out(where: str, forbidden: set[str]) -> None:
         "import runpy; sys.argv = ['encode', '--help']; runpy.run_module('ldm_jax.encode', run_name='__main__')",
         "import runpy; sys.argv = ['sample', '--help']; runpy.run_module('ldm_jax.sample', run_name='__main__')",
         "import runpy; sys.argv = ['convert', '--help']; runpy.run_module('ldm_jax.convert', run_name='__main__')",
+        "import runpy; sys.argv = ['check_data', '--help']; runpy.run_module('ldm_jax.check_data', run_name='__main__')",
     ],
-    ids=["import", "train", "encode", "sample", "convert"],
+    ids=["import", "train", "encode", "sample", "convert", "check_data"],
 )
 def test_help_loads_nothing_heavy(command: str) -> None:
     heavy = "{'jax', 'jaxlib', 'flax', 'numpy', 'tensorflow', 'tensorflow_datasets', 'torch', 'transformers', 'orbax', 'grain'}"

@@ -10,8 +10,9 @@ from safetensors.numpy import save_file
 
 from ldm_jax import convert
 from ldm_jax.config import UserError
-from ldm_jax.latent_diffusion import FirstStage, LatentDiffusion
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.model_directory import WEIGHTS, find_finished, find_model, load_params, writing
+from ldm_jax.stages import FirstStage
 from tests import tiny
 
 RNG = np.random.default_rng(0)

@@ -18,22 +18,23 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ldm_jax import config as configs
-from ldm_jax.conditioning.build import Model, build_conditioning
+from ldm_jax.conditioning.build import KINDS, Model, build_conditioning
 from ldm_jax.conditioning.conditioner import Conditioning
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
-from ldm_jax.data.sources import make_source
+from ldm_jax.data.pipeline import Batches
 from ldm_jax.defaults import base
 from ldm_jax.diffusion.samplers import image_keys
 from ldm_jax.interop import exporting
 from ldm_jax.interop.compvis import model_map
 from ldm_jax.interop.compvis_yaml import to_yaml
 from ldm_jax.interop.importing import Networks
-from ldm_jax.latent_diffusion import Denoiser, FirstStage, GenerateInputs, build_autoencoder, build_denoiser, generate, init_autoencoder
 from ldm_jax.model_directory import flatten
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.presets import FIRST_STAGES
 from ldm_jax.sampling import make_sampling
+from ldm_jax.stages import Denoiser, FirstStage, GenerateInputs, build_autoencoder, build_denoiser, generate, init_autoencoder
+from ldm_jax.training.inputs import open_source
 from ldm_jax.training.run import check_components
 
 FILES = {path.stem: path for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))}
@@ -416,31 +417,29 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "missing"),
-    [
-        ("superres:shapes", "low_res"),
-        ("superres:bsr", "low_res"),
-        ("inpaint:shapes", "mask"),
-        ("inpaint:places", "mask"),
-        ("retrieval:shapes", "neighbors"),
-        ("layout2img:coco", "boxes"),
-        ("semantic:landscapes256", "segmentation"),
-    ],
-)
-def test_training_without_its_data_says_what_is_missing(
-    name: str, missing: str, pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ldm_jax.training.run.abstract_params", lambda *_: {})  # that they build is shown above
+@pytest.mark.parametrize(("name", "missing"), [("layout2img:coco", "boxes"), ("semantic:landscapes256", "segmentation")])
+def test_training_without_its_data_says_what_is_missing(name: str, missing: str, pictures: str, tmp_path: Path) -> None:
     config = configs.from_flat(configs.flat(preset(name)))
-    if config.data.source == "folder":
-        config.data.path = pictures
-    source = make_source(config.data)
-    with pytest.raises(UserError, match=f"^the data gives no {missing}, which conditioning.{missing} needs$"):
-        check_components(config, WorkDir(tmp_path / "new"), source)
-    assert not (tmp_path / "new").exists()
+    config.data.path = pictures
+    with pytest.raises(UserError, match=rf"^data.path: .*\b{missing}\b"):
+        open_source(config, WorkDir(tmp_path / "new"))
 
 
-@pytest.mark.parametrize("name", ["unconditional:shapes", "class_cond:shapes", "layout2img:shapes", "semantic:shapes"])
+@pytest.mark.parametrize("name", [f"{file}:shapes" for file in FILES if file != "autoencoder"])
 def test_the_data_of_scenes_has_what_its_presets_need(name: str, tmp_path: Path) -> None:
-    check_components(preset(name), WorkDir(tmp_path / "new"), make_source(preset(name).data))
+    config = preset(name)
+    workdir = WorkDir(tmp_path / "new")
+    source = open_source(config, workdir)
+    check_components(config, workdir, source)
+    assert not workdir.path.exists()
+    batch = Batches(source.below if name.startswith("retrieval") else source, 2, seed=0).batch(0)
+    assert batch["image"].shape == (2, 64, 64, 3)
+    names = [kind for kind in KINDS if config.conditioning[kind].enabled and kind != "neighbors"]
+    assert set(batch) == {"image", *names}
+
+
+def test_a_picture_with_a_hole_is_not_cached(tmp_path: Path) -> None:
+    config = configs.from_flat(configs.flat(preset("inpaint:shapes")))
+    config.data.cache = True
+    with pytest.raises(UserError, match=r"set data\.cache=False"):
+        open_source(config, WorkDir(tmp_path / "new"))

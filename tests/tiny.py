@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import first_stage_run
 from ldm_jax.defaults import base
-from ldm_jax.latent_diffusion import FirstStage, build_autoencoder, init_autoencoder
+from ldm_jax.stages import FirstStage, build_autoencoder, init_autoencoder
 from ldm_jax.training.autoencoder import AutoencoderStage
 from ldm_jax.training.diffusion import DiffusionStage
 

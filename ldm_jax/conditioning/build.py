@@ -102,7 +102,10 @@ def _low_res(group: Group, model: Model) -> Conditioner:
 def _mask(group: Group, model: Model) -> Conditioner:
     if group["style"] not in ("ldm", "sd"):
         raise UserError(f"conditioning.mask.style {group['style']!r} is not one of ldm, sd")
-    return MaskConditioner(model.resolution // model.factor, model.latent_channels, group["style"], group["drop_rate"])
+    shrink = group.get("shrink", "nearest")  # of models that are older than the choice
+    if shrink not in ("nearest", "any"):
+        raise UserError(f"conditioning.mask.shrink {shrink!r} is not one of nearest, any")
+    return MaskConditioner(model.resolution // model.factor, model.latent_channels, group["style"], shrink, group["drop_rate"])
 
 
 def _neighbors(group: Group, model: Model) -> Conditioner:

@@ -4,12 +4,13 @@ The arrays of a batch have a *null* value, which replaces each example's own at 
 denoiser also learns the unconditional score (Ho & Salimans 2022).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldm_jax.config import UserError
 
@@ -47,9 +48,23 @@ class Conditioning:
 
     conditioners: Sequence[Conditioner]
 
-    def prepare(self, batch: Mapping[str, Any], only: str | None = None) -> Arrays:
-        """The arrays of all conditioners, or of the one named `only`. Raises UserError where the batch has no field for one of them."""
-        chosen = [c for c in self.conditioners if only in (None, c.name)]
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.conditioners)
+
+    @property
+    def guides(self) -> bool:
+        """Whether training dropped a condition, so that there is a model without it to move away from."""
+        return any(c.drop_rate for c in self.conditioners)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What a user gives for each image: a field for each conditioner, and the picture that a mask is of."""
+        return (*self.names, *(["image"] if "mask" in self.names else []))
+
+    def prepare(self, batch: Mapping[str, Any], names: Collection[str] | None = None) -> Arrays:
+        """The arrays of all conditioners, or of those named. Raises UserError where the batch has no field for one of them."""
+        chosen = [c for c in self.conditioners if names is None or c.name in names]
         if missing := [c.name for c in chosen if c.name not in batch]:
             raise UserError(f"the data gives no {', '.join(missing)}, which conditioning.{missing[0]} needs")
         return {k: v for c in chosen for k, v in c.prepare(batch).items()}
@@ -60,7 +75,7 @@ class Conditioning:
     def unconditional(self, arrays: Arrays) -> Arrays:
         """What guidance moves away from: the null arrays of conditions that training dropped, an example's own of those it never did."""
         n = len(next(iter(arrays.values()), ()))
-        return arrays | {k: _as_long(v, arrays[k]) for c in self.conditioners if c.drop_rate for k, v in c.null(n).items()}
+        return arrays | {k: _fitting(v, arrays[k]) for c in self.conditioners if c.drop_rate for k, v in c.null(n).items()}
 
     def init(self, key: jax.Array) -> Params:
         return {c.name: c.init(jax.random.fold_in(key, i)) for i, c in enumerate(self.conditioners)}
@@ -83,10 +98,12 @@ class Conditioning:
             dropped = jax.random.bernoulli(jax.random.fold_in(key, i), c.drop_rate, (n,))
             for name, value in null.items():
                 mask = dropped.reshape(n, *(1,) * (value.ndim - 1))
-                out[name] = jnp.where(mask, jnp.asarray(_as_long(value, arrays[name]), arrays[name].dtype), arrays[name])
+                out[name] = jnp.where(mask, jnp.asarray(_fitting(value, arrays[name]), arrays[name].dtype), arrays[name])
         return out
 
 
-def _as_long(null: Any, array: Any) -> Any:
-    """A null array cut to the length of what it stands for, which for some conditions may vary."""
-    return null[:, : array.shape[1]] if null.ndim > 1 else null
+def _fitting(null: Any, array: Any) -> Any:
+    """A null array at the sizes of what it stands for; where those may vary, a number of neighbours or a picture's, it is a constant."""
+    if null.shape[1:] == array.shape[1:]:
+        return null
+    return np.broadcast_to(null[(slice(None), *(slice(1),) * (null.ndim - 1))], (len(null), *array.shape[1:]))

@@ -21,15 +21,17 @@ from ldm_jax.nn.text_encoder import TextTransformer
 _NO_CLASS = 255  # of a semantic map: a pixel that no channel of the one-hot map stands for
 
 
-def _array(name: str, values: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array for each example as one [B, *shape]. Raises UserError for other shapes, and for what a whole number cannot be."""
-    what = f"{name} must be {list(shape) or 'one number'} for each image"
+def _array(name: str, values: Any, shape: tuple[int | str, ...], dtype: Any) -> np.ndarray:
+    """An array for each example as one [B, *shape], where a length with a name is any that all have. Raises UserError for other shapes, and
+    for what a whole number cannot be."""
+    what = f"{name} must be [{', '.join(map(str, shape))}] for each image" if shape else f"{name} must be one number for each image"
     try:
         array = np.asarray(values)
     except ValueError as error:
         raise UserError(f"{what}, not arrays of different shapes") from error
-    if array.ndim == 0 or array.shape[1:] != shape:
-        raise UserError(f"{what}, not {list(array.shape[1:])}")
+    given = array.shape[1:]
+    if array.ndim == 0 or len(given) != len(shape) or any(isinstance(w, int) and w != n for w, n in zip(shape, given, strict=True)):
+        raise UserError(f"{what}, not {list(given)}")
     try:
         with np.errstate(invalid="ignore"):
             typed = array.astype(dtype)
@@ -122,8 +124,9 @@ class BoxesConditioner:
     coordinates in [0, 1]; becomes `box_tokens` int32 [B,L], L = 3 max_objects + 2; gives "crossattn" [B,L,width].
 
     An object is three tokens, its class and the places of two corners on a square grid of as many cells as there are tokens but one; what
-    is not there is that one, the last, and the corners of the whole picture come last, where the released model has those of the crop
-    (Rombach et al. 2022, section 4.3.1 and appendix E.2.2; table 17).
+    is not there is that one, the last. The corners of the window of the picture that is drawn come last: a batch's `crop` float [B,4] of
+    x0, y0, x1, y1, the whole where there is none. Boxes are shares of the whole picture all the same (Rombach et al. 2022, section 4.3.1
+    and appendix E.2.2; table 17). `boxes_of` reads tokens back.
     """
 
     network: TextTransformer
@@ -137,12 +140,21 @@ class BoxesConditioner:
         return math.isqrt(self.network.vocab_size - 1)
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        return {"box_tokens": np.stack([self._tokens(boxes) for boxes in batch["boxes"]])}
+        crops = _array("crop", batch.get("crop", [_WHOLE] * len(batch["boxes"])), (4,), np.float64)
+        return {"box_tokens": np.stack([self._tokens(boxes, crop) for boxes, crop in zip(batch["boxes"], crops, strict=True)])}
 
     def null(self, n: int) -> Arrays:
-        return {"box_tokens": np.repeat(self._tokens(np.zeros((0, 5)))[None], n, axis=0)}
+        return {"box_tokens": np.repeat(self._tokens(np.zeros((0, 5)), np.array(_WHOLE))[None], n, axis=0)}
 
-    def _tokens(self, rows: Any) -> np.ndarray:
+    def boxes_of(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes float64 [n,5] and the window [4] that tokens int [L] stand for: places are right to half a cell, 1/(2 sections - 2)."""
+        triples = tokens[:-2].reshape(-1, 3)
+        triples = triples[triples[:, 0] < self.network.vocab_size - 1]
+        places = (triples[:, 1], triples[:, 2], tokens[-2:])
+        first, second, window = (np.stack([p % self.sections, p // self.sections], axis=-1) / (self.sections - 1) for p in places)
+        return np.concatenate([triples[:, :1], first, second], axis=1), window.ravel()
+
+    def _tokens(self, rows: Any, crop: np.ndarray) -> np.ndarray:
         """int32 [L]; of more objects than there is room for, the largest."""
         boxes = _rows(rows)
         if not ((boxes[:, 1:] >= 0) & (boxes[:, 1:] <= 1)).all():
@@ -156,7 +168,7 @@ class BoxesConditioner:
         tokens = np.full(3 * self.max_objects + 2, self.network.vocab_size - 1, np.int32)
         triples = np.stack([kept[:, 0], self._place(kept[:, 1:3]), self._place(kept[:, 3:5])], axis=1)
         tokens[: 3 * len(kept)] = triples.ravel()
-        tokens[-2:] = self._place(np.array([[0.0, 0.0], [1.0, 1.0]]))
+        tokens[-2:] = self._place(crop.reshape(2, 2))
         return tokens
 
     def _place(self, points: np.ndarray) -> np.ndarray:
@@ -169,6 +181,9 @@ class BoxesConditioner:
 
     def apply(self, params: Params, arrays: Arrays) -> Arrays:
         return {"crossattn": self.network.apply({"params": params}, arrays["box_tokens"])}
+
+
+_WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 def _rows(boxes: Any) -> np.ndarray:
@@ -195,7 +210,7 @@ class SegmentationConditioner:
     name: str = "segmentation"
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        maps = _array("segmentation", batch["segmentation"], (self.resolution, self.resolution), np.uint8)
+        maps = _array("segmentation", batch["segmentation"], ("H", "W"), np.uint8)
         if ((maps >= self.num_classes) & (maps != _NO_CLASS)).any():
             raise UserError(f"classes of a segmentation must lie in [0, {self.num_classes}), or be {_NO_CLASS} for none")
         return {"segmentation": maps}
@@ -221,7 +236,7 @@ class LowResConditioner:
     name: str = "low_res"
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        return {"low_res": _array("low_res", batch["low_res"], (self.size, self.size, 3), np.uint8)}
+        return {"low_res": _array("low_res", batch["low_res"], ("h", "w", 3), np.uint8)}
 
     def null(self, n: int) -> Arrays:
         return {"low_res": np.full((n, self.size, self.size, 3), 127, np.uint8)}
@@ -236,20 +251,22 @@ class LowResConditioner:
 @dataclass(frozen=True)
 class MaskConditioner:
     """What is left of a picture with a hole. A batch's `mask` float32 [B,h,w,C+1]: the scaled latents of the picture without the hole's
-    content, and the mask at their size, 1 in the hole and -1 outside (`LatentDiffusion.masked`); gives "concat" (section 4.5).
+    content, and the mask at their size, 1 in the hole and -1 outside (`FirstStage.masked`); gives "concat" (section 4.5).
 
     `style` "sd" is Stable Diffusion's: its weights take the mask first, 1 in the hole and 0 outside, and the latents after it, of a picture
-    whose hole is gray, where the paper's ("ldm") is black.
+    whose hole is gray, where the paper's ("ldm") is black. `shrink` "nearest" takes the mask at one pixel for each latent, as the released
+    weights learnt it; "any" is a hole wherever a latent sees any of one, so that thin strokes are not lost.
     """
 
     size: int
     channels: int
     style: Literal["ldm", "sd"]
+    shrink: Literal["nearest", "any"]
     drop_rate: float
     name: str = "mask"
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        return {"mask": _array("mask", batch["mask"], (self.size, self.size, self.channels + 1), np.float32)}
+        return {"mask": _array("mask", batch["mask"], ("h", "w", self.channels + 1), np.float32)}
 
     def null(self, n: int) -> Arrays:
         return {"mask": np.ones((n, self.size, self.size, self.channels + 1), np.float32)}

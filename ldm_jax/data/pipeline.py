@@ -5,20 +5,23 @@ hosts, and nothing about the data needs to be saved.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from ldm_jax.config import UserError
-from ldm_jax.data.sources import Source
+from ldm_jax.data.derive import Derived
+from ldm_jax.data.reader import Source
 from ldm_jax.data.transforms import mirror
 
 Batch = dict[str, Any]
 
 RAGGED_KEYS = ("boxes",)
 """Entries that stay a list, one array an example, because their lengths differ."""
+
+Derivation = Callable[[dict[str, Any], int, int], dict[str, Any]]  # (example, seed, position in the order) -> example
 
 
 class Batches:
@@ -33,6 +36,7 @@ class Batches:
         seed: of the order and of the flips.
         process_index: this host, of
         process_count: hosts, each of which reads its contiguous share of the rows of the global batch.
+        derive: applied to each example after mirroring, and after what a `Derived` source draws for it, in order.
         transform: applied to each stacked batch in the worker thread (tokenising, say).
         shuffle: False reads in the order of the source.
         flip: mirrors each example with probability 1/2, a pure function of (seed, position in the order).
@@ -50,6 +54,7 @@ class Batches:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        derive: Sequence[Derivation] = (),
         transform: Callable[[Batch], Batch] | None = None,
         shuffle: bool = True,
         flip: bool = False,
@@ -62,6 +67,8 @@ class Batches:
             raise UserError("data.flip: the latent cache holds no mirrored views; encode again with flips")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self._share = slice(*(batch_size * p // process_count for p in (process_index, process_index + 1)))
+        self._below = source.below if isinstance(source, Derived) else source
+        self._derive: Sequence[Derivation] = (source.derive, *derive) if isinstance(source, Derived) else derive
         self._transform, self._shuffle, self._flip = transform, shuffle, flip
         self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
 
@@ -77,11 +84,12 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         """This host's share of the batch of a step: stacked arrays, lists of str, lists of ragged arrays."""
-        indices = self.indices(step)[self._share]
-        flips = np.zeros(len(indices), bool)
-        if self._flip:
-            flips = coin_flips(self.seed, self._positions(step)[self._share])
-        batch = stack(read_examples(self.source, indices, flips))
+        indices, positions = self.indices(step)[self._share], self._positions(step)[self._share]
+        flips = coin_flips(self.seed, positions) if self._flip else np.zeros(len(indices), bool)
+        examples = read_examples(self._below, indices, flips)
+        for derive in self._derive:
+            examples = [derive(example, self.seed, int(position)) for example, position in zip(examples, positions, strict=True)]
+        batch = stack(examples)
         return batch if self._transform is None else self._transform(batch)
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
@@ -140,7 +148,7 @@ def read_examples(source: Any, indices: np.ndarray, flips: np.ndarray) -> list[d
 
 
 def stack(examples: list[dict[str, Any]]) -> Batch:
-    """One batch of examples: numbers and arrays are stacked (int32, float32), strings and `RAGGED_KEYS` stay lists.
+    """One batch of examples: numbers and arrays are stacked (int32, float32), texts, lists of texts and `RAGGED_KEYS` stay lists.
 
     Raises:
         UserError: examples with different entries, or arrays of different shapes under one key.
@@ -152,7 +160,7 @@ def stack(examples: list[dict[str, Any]]) -> Batch:
 
 
 def _stack_values(key: str, values: list[Any]) -> Any:
-    if key in RAGGED_KEYS or isinstance(values[0], str):
+    if key in RAGGED_KEYS or isinstance(values[0], str | list):
         return values
     arrays = [np.asarray(value) for value in values]
     shapes = {array.shape for array in arrays}

@@ -8,7 +8,7 @@ connected component with templates rendered by the data's own renderer.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -32,13 +32,19 @@ _SINK = {"circle": 0.0, "square": 0.0, "triangle": 0.2, "ring": 0.0, "cross": 0.
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An object as read: `shape` is -1 where it looks like none; centre in px and area in px^2 of a canvas of 64."""
+    """An object as read: `shape` is -1 where it looks like none; centre and radius in px and area in px^2 of a canvas of 64.
+
+    `box` is x0, y0, x1, y1 in [0, 1]: that of the shape it looks like, which is finer than a pixel, or of its pixels where it looks like
+    none; such a one has the radius of a disc of its area.
+    """
 
     color: int
     shape: int
     x: float
     y: float
     area: float
+    radius: float
+    box: tuple[float, float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,11 @@ class Reading:
 
 def read_scene(image: np.ndarray) -> Reading:
     """Reads a square picture, uint8 [H, H, 3], H >= 16; raises ValueError for any other shape or dtype."""
+    return read_parts(image)[0]
+
+
+def read_parts(image: np.ndarray) -> tuple[Reading, np.ndarray]:
+    """`read_scene`, and which object of the reading each pixel of the picture belongs to, int [H, H]: its index, or -1 for none."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.shape[0] == image.shape[1] >= 16:
         raise ValueError(f"the oracle reads uint8 [H, H, 3] with H >= 16, not {image.dtype} {list(image.shape)}")
     pixels = image
@@ -61,8 +72,13 @@ def read_scene(image: np.ndarray) -> Reading:
     sigma = _SMOOTHING * len(pixels) / shapes.CANVAS
     smooth = ndimage.gaussian_filter(pixels, (sigma, sigma, 0), output=np.float32, mode="nearest")
     background, colors = _unmix(smooth)
-    found = [_fit(part, color) for color in range(len(_COLORS)) for part in _components(colors == color)]
-    return Reading(background, tuple(sorted(found, key=lambda o: -o.area)))
+    found = [(_fit(mask, color), mask) for color in range(len(_COLORS)) for mask in _components(colors == color)]
+    found.sort(key=lambda pair: -pair[0].area)
+    parts = np.full(colors.shape, -1)
+    for index, (_, mask) in enumerate(found):
+        parts[mask] = index
+    nearest = (2 * np.arange(len(image)) + 1) * len(parts) // (2 * len(image))
+    return Reading(background, tuple(item for item, _ in found)), parts[np.ix_(nearest, nearest)]
 
 
 def _unmix(pixels: np.ndarray) -> tuple[int, np.ndarray]:
@@ -91,15 +107,23 @@ def _fit(mask: np.ndarray, color: int) -> Found:
     area = float(mask.sum()) * unit**2
     rows, columns = np.nonzero(mask)
     x, y = float(columns.mean() + 0.5) * unit, float(rows.mean() + 0.5) * unit
-    best, found = MIN_IOU, Found(color, -1, x, y, area)
+    ends = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    best, found = MIN_IOU, Found(color, -1, x, y, area, (area / np.pi) ** 0.5, _box(ends, len(mask)))
     for shape, name in enumerate(shapes.SHAPES):
-        for scale in (0.95, 1.0, 1.05):
-            radius = scale * (area / _AREA[name]) ** 0.5
-            template = shapes.Object(color, shape, x, y - _SINK[name] * radius, radius)
-            overlap = _iou(mask, template)
-            if overlap > best:
-                best, found = overlap, Found(color, shape, x, template.y, area)
+        radius = (area / _AREA[name]) ** 0.5
+        templates = [shapes.Object(color, shape, x, y - _SINK[name] * s * radius, s * radius) for s in (1.0, 0.95, 1.05)]
+        overlap = max(_iou(mask, template) for template in templates)
+        if overlap > best:
+            # The area says more of the radius than the overlap does.
+            box = _box(shapes.boxes(shapes.Scene(0, (templates[0],)))[0, 1:], 1)
+            best, found = overlap, Found(color, shape, x, templates[0].y, area, radius, box)
     return found
+
+
+def _box(corners: Iterable[float], size: int) -> tuple[float, float, float, float]:
+    """x0, y0, x1, y1 of a picture of that size as Python's floats in [0, 1]."""
+    x0, y0, x1, y1 = (min(max(float(corner) / size, 0.0), 1.0) for corner in corners)
+    return x0, y0, x1, y1
 
 
 def _iou(mask: np.ndarray, template: shapes.Object) -> float:

@@ -234,7 +234,7 @@ def _conditioning(target: str, params: Mapping[str, Any], ours: Mapping[str, Any
     if name == _UNCONDITIONAL:
         return {}
     if key == "hybrid" and target == "LatentInpaintDiffusion":
-        return {**_conditioning(target, {**params, "conditioning_key": "crossattn"}, ours), "mask": {"style": "sd"}}
+        return {**_conditioning(target, {**params, "conditioning_key": "crossattn"}, ours), "mask": {"style": "sd", "shrink": "nearest"}}
     match name, key:
         case "BERTEmbedder", "crossattn":
             return _bert(given)
@@ -252,7 +252,7 @@ def _conditioning(target: str, params: Mapping[str, Any], ours: Mapping[str, Any
             sizes = {"num_classes": given["in_channels"], "channels": given["out_channels"], "stages": given.get("n_stages", 1)}
             return {"segmentation": sizes}
         case "__is_first_stage__", "concat":
-            return {"mask": {}}
+            return {"mask": {"shrink": "nearest"}}
         case "Identity", "concat":
             return {"low_res": {}}
         case "Identity", "crossattn":
@@ -402,6 +402,8 @@ def _condition_config(one: Any) -> dict[str, Any]:
     where = "ldm.modules.encoders.modules."
     match one.name:
         case "mask":
+            if one.shrink != "nearest":
+                raise UserError(f"the paper's code takes a mask at one pixel for each latent (mask.shrink=nearest), not {one.shrink}")
             return {"cond_stage_config": "__is_first_stage__", "conditioning_key": "concat"}
         case "low_res":
             return {"cond_stage_config": {"target": "torch.nn.Identity"}, "conditioning_key": "concat"}

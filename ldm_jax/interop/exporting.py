@@ -186,10 +186,11 @@ def _plan_text(model: Model, first: Callable[[str], _Component]) -> tuple[str, l
 
 
 def _inpainting(model: Model) -> str:
-    style, channels = model.conditioners["mask"].style, model.networks.first_stage.network.latent_channels
-    if style != "sd" or channels != 4:
+    mask, channels = model.conditioners["mask"], model.networks.first_stage.network.latent_channels
+    if (mask.style, mask.shrink, channels) != ("sd", "nearest", 4):
         raise UserError(
-            f"diffusers' StableDiffusionInpaintPipeline takes mask.style=sd and latents of 4 channels, not {style} and {channels}"
+            "diffusers' StableDiffusionInpaintPipeline takes mask.style=sd, mask.shrink=nearest and latents of 4 channels, not"
+            f" {mask.style}, {mask.shrink} and {channels}"
         )
     return "StableDiffusionInpaintPipeline"
 

@@ -19,17 +19,9 @@ from ldm_jax.defaults import base
 from ldm_jax.interop.architecture import Architecture
 from ldm_jax.interop.keymap import KeyMap, problems, read
 from ldm_jax.interop.safetensors_file import Spec, Weights, write_safetensors
-from ldm_jax.latent_diffusion import (
-    AUTOENCODERS,
-    DENOISERS,
-    Denoiser,
-    FirstStage,
-    abstract_params,
-    build_autoencoder,
-    build_denoiser,
-)
 from ldm_jax.model_directory import PARTS, SETTINGS, TOKENIZER, WEIGHTS, Params, flatten, module_settings, stored_name, writing
 from ldm_jax.nn.layers import norm_groups
+from ldm_jax.stages import AUTOENCODERS, DENOISERS, Denoiser, FirstStage, abstract_params, build_autoencoder, build_denoiser
 
 
 @dataclass(frozen=True)

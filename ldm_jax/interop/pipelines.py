@@ -201,7 +201,7 @@ def _denoiser_groups(config: Mapping[str, Any], latent_channels: int) -> tuple[d
     extra = config["in_channels"] - config["out_channels"]
     kinds: dict[tuple[str, int], dict[str, dict[str, Any]]] = {
         ("UNet2DModel", 3): {"low_res": {}},
-        ("UNet2DConditionModel", latent_channels + 1): {"mask": {"style": "sd"}},
+        ("UNet2DConditionModel", latent_channels + 1): {"mask": {"style": "sd", "shrink": "nearest"}},
     }
     if extra and (config["_class_name"], extra) not in kinds:
         raise UserError(f"{config['_class_name']}: {extra} channels of input beside the latents have no counterpart here")

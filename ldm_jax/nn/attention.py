@@ -1,5 +1,7 @@
 """Attention: one dispatcher to the fused kernels, and the blocks of the paper's UNet (Rombach et al. 2022, section 3.3, appendix E.2.1)."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,9 @@ from ldm_jax.nn.layers import Array, Dense, Dtype, Initializer, fan_in_uniform, 
 
 # Below this many query positions the logits are small and XLA's own fusion is as fast as cuDNN's kernel.
 _FUSED_FROM = 1024
+
+# Above this many logits a head, which is above the size of any training, they are never held all at once.
+_WHOLE_UP_TO = 2**26
 
 
 def attention(q: Array, k: Array, v: Array, bias: Array | None = None, scale: float | None = None) -> Array:
@@ -31,9 +36,25 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None = None, scale: fl
     wide = jnp.promote_types(q.dtype, jnp.float32)
     # Heads before positions: one batched matrix product, twice as fast on CPU as with the heads between.
     q, k, v = (a.swapaxes(1, 2) for a in (q * (head_dim**-0.5 if scale is None else scale), k, v))
-    logits = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide)
-    weights = jax.nn.softmax(logits if bias is None else logits + bias)
-    return jnp.matmul(weights.astype(v.dtype), v).swapaxes(1, 2)
+
+    def attend(q: Array) -> Array:
+        logits = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide)
+        weights = jax.nn.softmax(logits if bias is None else logits + bias)
+        return jnp.matmul(weights.astype(v.dtype), v)
+
+    queries, keys = q.shape[2], k.shape[2]
+    if bias is None and queries * keys > _WHOLE_UP_TO:
+        return _by_chunks(attend, q, max(1, _WHOLE_UP_TO // 4 // keys)).swapaxes(1, 2)
+    return attend(q).swapaxes(1, 2)
+
+
+def _by_chunks(attend: Callable[[Array], Array], q: Array, size: int) -> Array:
+    """`attend` of `size` queries after `size` others: q [B,N,T,D] to [B,N,T,D]; the backward pass computes each chunk anew."""
+    chunks = -(-q.shape[2] // size)
+    filled = jnp.pad(q, ((0, 0), (0, 0), (0, chunks * size - q.shape[2]), (0, 0)))
+    parts = jnp.moveaxis(filled.reshape(*q.shape[:2], chunks, size, q.shape[3]), 2, 0)
+    y = jnp.moveaxis(jax.lax.map(jax.checkpoint(attend), parts), 0, 2)
+    return y.reshape(*q.shape[:2], chunks * size, -1)[:, :, : q.shape[2]]
 
 
 def mask_bias(mask: Array, dtype: Dtype) -> Array:

@@ -12,7 +12,10 @@ _EPS = 1e-6
 
 
 class Encoder(nn.Module):
-    """Images [B,H,W,3] to features [B,H/f,W/f,out_channels], f = patch_size * 2**(levels - 1). Other fields as in `KLAutoencoder`."""
+    """Images [B,H,W,3] to features [B,H/f,W/f,out_channels], f = patch_size * 2**(levels - 1). Other fields as in `KLAutoencoder`.
+
+    Parts: "above" the latents' size ends with the last downsampling, and "below" begins there.
+    """
 
     channels: int
     channel_mult: tuple[int, ...]
@@ -25,27 +28,30 @@ class Encoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, part: str = "all") -> Array:
+        h = x if part == "below" else self._above(x)
+        return h if part == "above" else self._below(h)
+
+    def _above(self, x: Array) -> Array:
         h = Conv(self.channels, dtype=self.dtype, name="conv_in")(space_to_depth(x, self.patch_size))
-        factor = self.patch_size
-        for level, mult in enumerate(self.channel_mult):
-            for i in range(self.num_res_blocks):
-                name = f"down_{level}_{i}"
-                block = ResBlock(self.channels * mult, _EPS, zero_init=False, groups=self.norm_groups, dtype=self.dtype, name=f"{name}_res")
-                h = block(h)
-                if factor in self.attention_levels:
-                    h = AttentionBlock(1, _EPS, False, self.norm_groups, self.dtype, name=f"{name}_attn")(h)
-            if level + 1 < len(self.channel_mult):
-                # The reference pads right and bottom only.
-                h = Conv(h.shape[-1], stride=2, padding=(0, 1), dtype=self.dtype, name=f"down_{level}_downsample")(h)
-                factor *= 2
+        for level in range(len(self.channel_mult) - 1):
+            h = _level(self, h, "down", level, self.num_res_blocks)
+            # The reference pads right and bottom only.
+            h = Conv(h.shape[-1], stride=2, padding=(0, 1), dtype=self.dtype, name=f"down_{level}_downsample")(h)
+        return h
+
+    def _below(self, h: Array) -> Array:
+        h = _level(self, h, "down", len(self.channel_mult) - 1, self.num_res_blocks)
         h = _middle(h, self.mid_attention, self.norm_groups, self.dtype)
         h = nn.silu(norm(self.dtype, _EPS, "norm_out", norm_groups(h.shape[-1], self.norm_groups))(h))
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h)
 
 
 class Decoder(nn.Module):
-    """Latents [B,h,w,z] to the features [B,H/p,W/p,channels] that the last convolution turns into pixels."""
+    """Latents [B,h,w,z] to the features [B,H/p,W/p,channels] that the last convolution turns into pixels.
+
+    Parts: "below", at the latents' size, ends before the first upsampling, and "above" begins with it.
+    """
 
     channels: int
     channel_mult: tuple[int, ...]
@@ -57,21 +63,31 @@ class Decoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, z: Array) -> Array:
+    def __call__(self, z: Array, part: str = "all") -> Array:
+        h = z if part == "above" else self._below(z)
+        return h if part == "below" else self._above(h)
+
+    def _below(self, z: Array) -> Array:
         h = Conv(self.channels * self.channel_mult[-1], dtype=self.dtype, name="conv_in")(z)
         h = _middle(h, self.mid_attention, self.norm_groups, self.dtype)
-        factor = self.patch_size * 2 ** (len(self.channel_mult) - 1)
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
-            for i in range(self.num_res_blocks + 1):
-                name = f"up_{level}_{i}"
-                block = ResBlock(self.channels * mult, _EPS, zero_init=False, groups=self.norm_groups, dtype=self.dtype, name=f"{name}_res")
-                h = block(h)
-                if factor in self.attention_levels:
-                    h = AttentionBlock(1, _EPS, False, self.norm_groups, self.dtype, name=f"{name}_attn")(h)
-            if level:
-                h = Conv(h.shape[-1], upsample=True, dtype=self.dtype, name=f"up_{level}_upsample")(h)
-                factor //= 2
+        return _level(self, h, "up", len(self.channel_mult) - 1, self.num_res_blocks + 1)
+
+    def _above(self, h: Array) -> Array:
+        for level in reversed(range(len(self.channel_mult) - 1)):
+            h = Conv(h.shape[-1], upsample=True, dtype=self.dtype, name=f"up_{level + 1}_upsample")(h)
+            h = _level(self, h, "up", level, self.num_res_blocks + 1)
         return nn.silu(norm(self.dtype, _EPS, "norm_out", norm_groups(h.shape[-1], self.norm_groups))(h))
+
+
+def _level(net: Encoder | Decoder, h: Array, way: str, level: int, blocks: int) -> Array:
+    """The residual blocks of a level, with attention where the network has it."""
+    width = net.channels * net.channel_mult[level]
+    for i in range(blocks):
+        name = f"{way}_{level}_{i}"
+        h = ResBlock(width, _EPS, zero_init=False, groups=net.norm_groups, dtype=net.dtype, name=f"{name}_res")(h)
+        if net.patch_size * 2**level in net.attention_levels:
+            h = AttentionBlock(1, _EPS, False, net.norm_groups, net.dtype, name=f"{name}_attn")(h)
+    return h
 
 
 def _middle(h: Array, with_attention: bool, groups: int, dtype: Dtype) -> Array:
@@ -102,6 +118,14 @@ class Autoencoder(nn.Module):
 
     def moments(self, images: Array) -> Array:
         """Images to moments, in at least float32."""
+        return self.encode_below(self.encode_above(images))
+
+    def encode_above(self, images: Array) -> Array:
+        """The part of `moments` above the latents' size, which large images pass window by window: to features [B,h,w,C]."""
+        raise NotImplementedError
+
+    def encode_below(self, h: Array) -> Array:
+        """The rest of `moments`, at the latents' size, where attention sees the whole image."""
         raise NotImplementedError
 
     def sample(self, moments: Array, key: jax.Array | None = None) -> Array:
@@ -122,7 +146,15 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Array) -> Array:
         """Latents [B,h,w,c] to images [B,H,W,3], not clipped."""
-        return self.head(self.features(z))
+        return self.decode_above(self.decode_below(z))
+
+    def decode_below(self, z: Array) -> Array:
+        """The part of `decode` at the latents' size, where attention sees the whole image: to features [B,h,w,C]."""
+        raise NotImplementedError
+
+    def decode_above(self, h: Array) -> Array:
+        """The rest of `decode`, above the latents' size, which large images pass window by window."""
+        raise NotImplementedError
 
     def __call__(self, images: Array) -> Array:
         return self.decode(self.sample(self.moments(images)))
@@ -136,14 +168,23 @@ class IdentityAutoencoder(Autoencoder):
     factor = 1
     latent_channels = 3
 
-    def moments(self, images: Array) -> Array:
+    def encode_above(self, images: Array) -> Array:
         return images.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+    def encode_below(self, h: Array) -> Array:
+        return h
 
     def features(self, z: Array) -> Array:
         return z
 
     def head(self, features: Array) -> Array:
         return features.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+    def decode_below(self, z: Array) -> Array:
+        return z
+
+    def decode_above(self, h: Array) -> Array:
+        return self.head(h)
 
 
 class _Convolutional(Autoencoder):
@@ -188,13 +229,25 @@ class _Convolutional(Autoencoder):
     def _moments_bias(self, key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
         return jnp.zeros(shape, dtype)
 
-    def moments(self, images: Array) -> Array:
-        moments = self.encoder(images.astype(self.dtype))
+    def encode_above(self, images: Array) -> Array:
+        return self.encoder(images.astype(self.dtype), "above")
+
+    def encode_below(self, h: Array) -> Array:
+        moments = self.encoder(h, "below")
         return _wide(self.to_latents(moments) if self.quant_conv else moments)
 
-    def features(self, z: Array) -> Array:
+    def _enter(self, z: Array) -> Array:
         z = z.astype(self.dtype)
-        return self.decoder(self.from_latents(z) if self.quant_conv else z)
+        return self.from_latents(z) if self.quant_conv else z
+
+    def features(self, z: Array) -> Array:
+        return self.decoder(self._enter(z))
+
+    def decode_below(self, z: Array) -> Array:
+        return self.decoder(self._enter(z), "below")
+
+    def decode_above(self, h: Array) -> Array:
+        return self.head(self.decoder(h, "above"))
 
     def head(self, features: Array) -> Array:
         return _wide(depth_to_space(self.conv_out(features), self.patch_size))
@@ -227,9 +280,9 @@ class KLAutoencoder(_Convolutional):
     def _moments_bias(self, key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
         return jnp.repeat(jnp.array([0.0, self.init_log_var], dtype), shape[0] // 2)
 
-    def moments(self, images: Array) -> Array:
-        """[B,H,W,3] to [B,h,w,2c]: mean and log-variance (clamped to [-30, 20]) of the posterior, in at least float32."""
-        mean, log_var = jnp.split(super().moments(images), 2, axis=-1)
+    def encode_below(self, h: Array) -> Array:
+        """Features to [B,h,w,2c]: mean and log-variance (clamped to [-30, 20]) of the posterior, in at least float32."""
+        mean, log_var = jnp.split(super().encode_below(h), 2, axis=-1)
         return jnp.concatenate([mean, jnp.clip(log_var, -30.0, 20.0)], axis=-1)
 
     def sample(self, moments: Array, key: jax.Array | None = None) -> Array:
@@ -256,9 +309,9 @@ class VQAutoencoder(_Convolutional):
         """Latents [B,h,w,c] to their entries [B,h,w,c] and the indices of these, int32 [B,h,w]."""
         return self.quantize(z)
 
-    def decode(self, z: Array) -> Array:
-        """Latents [B,h,w,c], not quantised, to images [B,H,W,3], not clipped; gradients pass straight through the codebook."""
-        return super().decode(straight_through(z, self.lookup(z)[0]))
+    def decode_below(self, z: Array) -> Array:
+        """Of latents [B,h,w,c] that are not quantised yet; gradients pass straight through the codebook."""
+        return super().decode_below(straight_through(z, self.lookup(z)[0]))
 
 
 def sample_moments(moments: Array, key: jax.Array) -> Array:

@@ -136,6 +136,11 @@ class DiT(nn.Module):
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT)}")
 
+    @property
+    def multiple(self) -> int:
+        """What a latent's height and width must be divisible by."""
+        return self.patch_size
+
     @nn.compact
     def __call__(
         self,

@@ -60,6 +60,11 @@ class UNet(nn.Module):
             if (factor in self.attention_levels or factor == factors[-1]) and width % by:
                 raise ValueError(f"width {width} at factor {factor} is not divisible into heads ({by})")
 
+    @property
+    def multiple(self) -> int:
+        """What a latent's height and width must be divisible by."""
+        return 2 ** (len(self.channel_mult) - 1)
+
     @nn.compact
     def __call__(
         self,
@@ -73,7 +78,7 @@ class UNet(nn.Module):
         """x [B,h,w,C] and t float [B] (in the embedding's units) to [B,h,w,out_channels].
 
         crossattn [B,L,D] is attended to, concat [B,h,w,C'] joins x, vector [B,D] joins the time embedding. h and w must be divisible by
-        2**(levels - 1). The result is in at least float32.
+        `multiple`, or a ValueError is raised. The result is in at least float32.
         """
         emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_0")(timestep_embedding(t, self.channels).astype(self.dtype))
         emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_2")(nn.silu(emb))
@@ -81,6 +86,8 @@ class UNet(nn.Module):
             emb = emb + self._vector(vector.astype(self.dtype))
         if crossattn is not None and not self.transformer_depth:
             raise ValueError("transformer_depth=0 leaves nothing that attends to a condition; give 1 or more, or no such condition")
+        if x.shape[1] % self.multiple or x.shape[2] % self.multiple:
+            raise ValueError(f"a latent of {x.shape[1]}x{x.shape[2]} cannot be halved {len(self.channel_mult) - 1} times")
         if concat is not None:
             x = jnp.concatenate([x, concat.astype(x.dtype)], axis=-1)
 

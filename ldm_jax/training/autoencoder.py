@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from ldm_jax.config import UserError
 from ldm_jax.data.pipeline import Batches, stack
 from ldm_jax.data.sources import Source
-from ldm_jax.latent_diffusion import FirstStage, Params, apply, build_autoencoder, compute_dtype, init_autoencoder, to_float, to_uint8
-from ldm_jax.model_directory import check_shapes
+from ldm_jax.model_directory import Params, check_shapes
 from ldm_jax.nn import quantize
 from ldm_jax.nn.autoencoder import KLAutoencoder, VQAutoencoder, kl_divergence
 from ldm_jax.nn.discriminator import PatchDiscriminator
+from ldm_jax.stages import FirstStage, apply, build_autoencoder, compute_dtype, init_autoencoder, to_float, to_uint8
 from ldm_jax.training import optimizer
 from ldm_jax.training import state as states
 from ldm_jax.training.autoencoder_loss import (

@@ -1,5 +1,6 @@
 """Stage 2: the denoiser in latent space, with its conditioners (Rombach et al. 2022, sections 3.2 and 3.3, equations 2 and 3)."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,29 +11,25 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax.conditioning.build import Model, build_conditioning
+from ldm_jax.conditioning.conditioners import MaskConditioner
 from ldm_jax.config import UserError
+from ldm_jax.data.derive import one_caption
 from ldm_jax.data.latents import LatentCache
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.data.sources import Source
-from ldm_jax.diffusion.losses import DiffusionLoss, bucketed, loss_weight, noised, per_example, training_noise
+from ldm_jax.defaults import base
+from ldm_jax.diffusion.checks import check_acting
+from ldm_jax.diffusion.losses import DiffusionLoss, bound_weight, bucketed, noised, per_example, training_noise
 from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.samplers import image_keys, initial_noise
 from ldm_jax.diffusion.times import TimeSampling, sample_times
-from ldm_jax.latent_diffusion import (
-    Denoiser,
-    FirstStage,
-    GenerateInputs,
-    LatentDiffusion,
-    Params,
-    build_denoiser,
-    compute_dtype,
-    generate_jit,
-    to_float,
-)
-from ldm_jax.model_directory import check_shapes
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.model_directory import Params, check_shapes
 from ldm_jax.sampling import Sampling, check_guidance, check_sampler, is_plain, make_sampling
+from ldm_jax.stages import Denoiser, FirstStage, GenerateInputs, build_denoiser, compute_dtype, generate_jit, prepare, to_float
 from ldm_jax.training import optimizer
 from ldm_jax.training import state as states
+from ldm_jax.training.preview import alternating, shown
 from ldm_jax.training.state import Metrics, State, key_for
 
 TIME_BUCKETS = 4
@@ -40,12 +37,16 @@ LOG_VARIANCES = 1000  # numbers that `diffusion.learn_log_variance` learns where
 
 
 def build_loss(group: ConfigDict, process: Process) -> DiffusionLoss:
-    """The loss of a `diffusion` group. Raises UserError, also for a weight that the process has not."""
+    """The loss of a `diffusion` group. Raises UserError, also for a weight that the process has not and for fields without effect."""
     try:
+        check_acting(group, base().diffusion)
         times = TimeSampling(group.time_sampling, group.time_mean, group.time_std, group.mode_scale)
         names = ("prediction", "loss", "weighting", "gamma", "weight_offset", "vlb_weight", "huber_delta")
         loss = DiffusionLoss(times=times, **{name: group[name] for name in names})
-        loss_weight(process, loss, jnp.zeros(1))
+        bound_weight(process, loss, jnp.zeros(1))
+        for name in ("offset_noise", "input_perturbation"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} is a standard deviation, a finite number from 0 up, not {group[name]}")
     except ValueError as error:
         raise UserError(f"diffusion: {error}") from error
     return loss
@@ -55,7 +56,8 @@ class DiffusionStage:
     """Stage 2 as the loop takes it: `init`, `update`, `preview`.
 
     A batch holds the conditioners' arrays and raw `moments` ([B,h,w,2c], or [B,h,w,c] where they are the latents), or `image` uint8
-    [B,H,W,3] where nothing is cached; latents are sampled from the moments anew at every step.
+    [B,H,W,3] where nothing is cached, with `hole` bool [B,H,W] for a model that fills holes; latents are sampled from the moments anew at
+    every step.
     """
 
     name = "denoiser"
@@ -117,11 +119,13 @@ class DiffusionStage:
 
     def batches(self, **kwargs: Any) -> Batches:
         size, seed, data = self.config.train.batch_size, self.config.seed, self.config.data
-        return Batches(self.source, size, seed, transform=self._transform, flip=data.flip, workers=data.workers, **kwargs)
+        own: Any = {"derive": (one_caption,), "transform": self._transform, "flip": data.flip, "workers": data.workers}
+        return Batches(self.source, size, seed, **own, **kwargs)
 
     def _transform(self, batch: dict[str, Any]) -> dict[str, Any]:
-        latents = "moments" if "moments" in batch else "image"
-        return {latents: batch[latents], **self.denoiser.conditioning.prepare(batch)}
+        latents, conditioning = "moments" if "moments" in batch else "image", self.denoiser.conditioning
+        holes = {"hole": batch["mask"] > 0} if "mask" in conditioning.names else {}
+        return {latents: batch[latents], **holes, **conditioning.prepare(batch, set(conditioning.names) - {"mask"})}
 
     def phase(self, step: int) -> bool:
         """One program serves all steps."""
@@ -130,7 +134,10 @@ class DiffusionStage:
     def update(self, state: State, batch: Mapping[str, jax.Array], frozen: Params, root: jax.Array, phase: bool) -> tuple[State, Metrics]:
         """One update of denoiser and conditioners; `frozen` is the first stage where it encodes in every step. Pure."""
         draws = self._draw(state.step, batch, frozen, root)
-        arrays = {k: v for k, v in batch.items() if k not in ("moments", "image")}
+        arrays = {k: v for k, v in batch.items() if k not in ("moments", "image", "hole")}
+        if "hole" in batch:
+            mask = next(c for c in self.denoiser.conditioning.conditioners if isinstance(c, MaskConditioner))
+            arrays["mask"] = self.first_stage.masked(frozen, to_float(batch["image"]), batch["hole"], mask)
         arrays = self.denoiser.conditioning.drop(arrays, key_for(root, "drop", state.step))
         dropout = key_for(root, "dropout", state.step) if self.config.denoiser.dropout else None
 
@@ -139,11 +146,11 @@ class DiffusionStage:
             condition, fraction = self.denoiser.condition(params, arrays), self.denoiser.process.fraction_of(t)
             x_t = noised(self.denoiser.process, x0, in_state, t)
             pred = self.denoiser.denoise(params, x_t, t, condition, dropout)
-            each = per_example(self.denoiser.process, self.loss, pred, x0, eps, t)
-            sums, counts = bucketed(each, fraction, TIME_BUCKETS)
+            each, bound = per_example(self.denoiser.process, self.loss, pred, x0, eps, t)
+            sums, counts = bucketed(each + bound, fraction, TIME_BUCKETS)
             if "log_variance" in params:
                 each = with_log_variance(each, params["log_variance"], fraction)
-            return each.mean(), {"sums": sums, "counts": counts.astype(sums.dtype)}
+            return (each + bound).mean(), {"sums": sums, "counts": counts.astype(sums.dtype)}
 
         def one(part: Any) -> Any:
             (value, buckets), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
@@ -174,29 +181,33 @@ class DiffusionStage:
     def preview_inputs(self) -> dict[str, list[Any]]:
         """What the conditioners of the preview are given: `sample.prompts`, filled up to 16 with captions of the data; where there are
         other conditions than text, the data's first 16 examples."""
-        names = [c.name for c in self.denoiser.conditioning.conditioners]
-        if names == ["text"]:
+        names = self.denoiser.conditioning.fields
+        if names == ("text",):
             given = list(self.config.sample.prompts)[:32]
             missing = range(min(max(16 - len(given), 0), len(self.source)))
             return {"text": given + [caption(self.source, i) for i in missing]}
-        examples = [self.source[i] for i in range(min(16, len(self.source)))] if names else []
+        examples = [one_caption(self.source[i], 0, i) for i in range(min(16, len(self.source)))] if names else []
         return {name: [example[name] for example in examples] for name in names}
 
     def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
-        """Samples of fixed inputs and noise by the EMA weights: (uint8 [N,H,W,3], columns, captions)."""
+        """Samples of fixed inputs and noise by the EMA weights, below what is told in pictures: (uint8 [N,H,W,3], columns, captions)."""
         params = {**state.ema[str(self.config.ema.decays[0])], "first_stage": self.first_stage_params}
         conditioning, inputs = self.denoiser.conditioning, self.preview_inputs
         n = len(next(iter(inputs.values()), range(16)))
         index = np.arange(n)
         with jax.transfer_guard("allow"):
-            arrays = conditioning.prepare(inputs)
+            arrays = prepare(self.first_stage, conditioning, params, inputs)
             null = conditioning.unconditional(arrays)
             seed = self.config.sample.seed
             noise, keys = initial_noise(seed, index, self.latent_shape), image_keys(seed, index)
             guidance = float(self.config.sample.guidance)
-            drawn = GenerateInputs(noise, keys, arrays, None if is_plain(self.sampling, guidance) else null, guidance)
+            doubled = conditioning.guides and not is_plain(self.sampling, guidance)
+            drawn = GenerateInputs(noise, keys, arrays, null if doubled else None, guidance)
             images, _ = generate_jit(self.first_stage, self.denoiser, self.sampling, None, params, drawn)
+        told = shown(inputs, self.config.data.resolution)
+        if told is None:
             return np.asarray(images), 8, inputs.get("text")
+        return alternating(told, np.asarray(images), 8), 8, None
 
     def model(self, params: Params, info: dict[str, Any]) -> LatentDiffusion:
         """The model of some (EMA) parameters, for sampling and for `model/`."""
@@ -206,13 +217,13 @@ class DiffusionStage:
 def build_sampling(group: ConfigDict, denoiser: Denoiser) -> Sampling:
     """The settings of a `sample` group, checked against the model that is sampled. Raises UserError."""
     sampling = make_sampling(group)
-    check_guidance(sampling, float(group.guidance), {}, bool(denoiser.conditioning.conditioners))
+    check_guidance(sampling, float(group.guidance), {}, denoiser.conditioning.guides)
     check_sampler(sampling.sampler, denoiser.process, denoiser.prediction)
     return sampling
 
 
 def with_log_variance(loss: jax.Array, table: jax.Array, fraction: jax.Array) -> jax.Array:
-    """The likelihood of errors whose log-variance u is learned for each noise level, loss/exp(u) + u: [B] to [B].
+    """The likelihood of errors whose log-variance u is learned for each noise level, loss/exp(u) + u: [B] to [B]. The bound stays outside.
 
     `table` [n] holds u for equal parts of `fraction` [B] in [0, 1] (the paper's code, learn_logvar; EDM2, arXiv 2312.02696, eq. 21).
     """
@@ -221,5 +232,6 @@ def with_log_variance(loss: jax.Array, table: jax.Array, fraction: jax.Array) ->
 
 
 def caption(source: Any, index: int) -> str:
-    """The caption of one example, without drawing or decoding its picture where the source can say it alone."""
-    return source.caption(index) if hasattr(source, "caption") else source[index]["text"]
+    """The caption of one example, the first of several, without drawing or decoding its picture where the source can say it alone."""
+    text = source.caption(index) if hasattr(source, "caption") else source[index]["text"]
+    return text if isinstance(text, str) else text[0]

@@ -17,8 +17,9 @@ from ldm_jax.data.latents import CacheWriter, LatentCache, cache_fingerprint, is
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import mirror
-from ldm_jax.latent_diffusion import FirstStage, Params, to_float
+from ldm_jax.model_directory import Params
 from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated, split_host_arrays
+from ldm_jax.stages import FirstStage, to_float
 
 _SHARD = 4096  # examples
 MEASURED = ("std", "channel")  # kinds of scale that are of the statistics of the latents, and no number

@@ -16,11 +16,12 @@ from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.diffusion.process import DiscreteProcess
 from ldm_jax.diffusion.schedules import make_betas
-from ldm_jax.latent_diffusion import Denoiser, Params, abstract_params, load_first_stage, read_networks
-from ldm_jax.model_directory import TOKENIZER, check_shapes, find_finished, find_model, load_params
+from ldm_jax.latent_diffusion import load_first_stage, read_networks
+from ldm_jax.model_directory import TOKENIZER, Params, check_shapes, find_finished, find_model, load_params
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.nn.layers import norm_groups
 from ldm_jax.nn.unet import UNet
+from ldm_jax.stages import Denoiser, abstract_params
 from ldm_jax.training.autoencoder import AutoencoderStage
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.diffusion import DiffusionStage

@@ -2,11 +2,13 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from ldm_jax.config import write_bytes
 
@@ -33,10 +35,48 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
     return canvas
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
+def shown(inputs: Mapping[str, Sequence[Any]], side: int) -> np.ndarray | None:
+    """What a model is told in pictures, uint8 [N,side,side,3], where it is told any: small pictures, pictures with gray holes, maps of
+    classes in colours, frames of boxes."""
+    if "mask" in inputs:
+        return np.stack([np.where(hole[..., None] > 0, 128, image) for image, hole in zip(inputs["image"], inputs["mask"], strict=True)])
+    if "low_res" in inputs:
+        small = [Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST) for picture in inputs["low_res"]]
+        return np.stack([np.asarray(picture) for picture in small])
+    if "segmentation" in inputs:
+        return np.stack([_PALETTE[classes] for classes in inputs["segmentation"]])
+    if "boxes" in inputs:
+        return np.stack([_frames(rows, side) for rows in inputs["boxes"]])
+    return None
+
+
+# Neighbouring classes have hues a golden angle apart; 0 is black.
+_PALETTE = np.array([hsv_to_rgb(i * 0.618034 % 1, 0.75, min(i, 1) * (1 - i % 3 * 0.2)) for i in range(256)])
+_PALETTE = np.round(_PALETTE * 255).astype(np.uint8)
+
+
+def _frames(rows: np.ndarray, side: int) -> np.ndarray:
+    canvas = Image.new("RGB", (side, side), "black")
+    draw = ImageDraw.Draw(canvas)
+    for label, x0, y0, x1, y1 in np.asarray(rows, np.float64).reshape(-1, 5):
+        corners = [float(share) * (side - 1) for share in (x0, y0, x1, y1)]
+        draw.rectangle(corners, outline=tuple(_PALETTE[1 + int(label) % 255].tolist()))
+    return np.asarray(canvas)
+
+
+def alternating(above: np.ndarray, below: np.ndarray, columns: int) -> np.ndarray:
+    """Two sets of images [N,H,W,3] in rows of `columns`, a row of each in turn."""
+    starts = range(0, len(above), columns)
+    return np.concatenate([part[start : start + columns] for start in starts for part in (above, below)])
+
+
+def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
+    """The image as a PNG file, with texts in its metadata."""
+    info = PngInfo()
+    for name, text in (texts or {}).items():
+        info.add_itxt(name, text)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 

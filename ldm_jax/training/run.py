@@ -3,7 +3,6 @@
 import json
 import logging
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,32 +13,23 @@ from ml_collections import ConfigDict
 
 from ldm_jax import config as configs
 from ldm_jax.conditioning.build import Model, build_conditioning
-from ldm_jax.conditioning.conditioner import Conditioning
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.latents import LatentCache, weights_fingerprint
-from ldm_jax.data.pipeline import stack
-from ldm_jax.data.sources import Source, make_source
-from ldm_jax.evaluation.oracle import format_table, score_table
-from ldm_jax.evaluation.prompt_accuracy import choose_guidance, prompt_accuracy
-from ldm_jax.latent_diffusion import (
-    FirstStage,
-    LatentDiffusion,
-    Params,
-    abstract_params,
-    build_autoencoder,
-    build_denoiser,
-    compute_dtype,
-    load_first_stage,
-)
-from ldm_jax.model_directory import find_model, read_info
+from ldm_jax.data.sources import Source
+from ldm_jax.evaluation.oracle import format_table
+from ldm_jax.latent_diffusion import LatentDiffusion, load_first_stage
+from ldm_jax.model_directory import Params, find_model, read_info
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.sharding.mesh import check_batch, make_mesh
+from ldm_jax.stages import FirstStage, abstract_params, build_autoencoder, build_denoiser, compute_dtype
 from ldm_jax.training import init_from, loop, optimizer
-from ldm_jax.training.autoencoder import AutoencoderStage, reconstructions
+from ldm_jax.training.autoencoder import AutoencoderStage
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampling, caption
 from ldm_jax.training.encode import MEASURED, Encoder, ensure_cache, latent_scale, latent_statistics
+from ldm_jax.training.inputs import check_examples, open_source
+from ldm_jax.training.report import reconstruction_table, report
 
 logger = logging.getLogger(__name__)
 _TOKENIZER_CAPTIONS = 50_000
@@ -61,7 +51,7 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     if config.task == "autoencoder":
         train_first_stage(config, workdir, source, mesh)
     else:
-        train_denoiser(config, workdir, source, ensure_first_stage(config, workdir, source, mesh, command), mesh)
+        train_denoiser(config, workdir, source, ensure_first_stage(config, workdir, mesh, command), mesh)
     return workdir
 
 
@@ -130,16 +120,7 @@ def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoenc
         raise UserError(f"denoiser: {error}") from error
     if starts:
         init_from.check_denoiser(config.train.init_from, denoiser, params)
-    needed = [c.name for c in conditioning.conditioners if c.name != "text"]
-    if needed:
-        Conditioning([c for c in conditioning.conditioners if c.name != "text"]).prepare({k: [v] for k, v in source[0].items()})
-
-
-def open_source(config: ConfigDict, workdir: WorkDir) -> Source:
-    """The images of a run. Raises UserError."""
-    needs_text = config.task == "diffusion" and config.conditioning.text.enabled
-    log = workdir.path / "broken_images.txt"
-    return make_source(config.data, needs_text=needs_text, log_path=log)
+    check_examples(source, conditioning, config.data.resolution)
 
 
 def first_stage_workdir(config: ConfigDict, workdir: WorkDir) -> WorkDir | None:
@@ -149,7 +130,7 @@ def first_stage_workdir(config: ConfigDict, workdir: WorkDir) -> WorkDir | None:
     return None if config.first_stage.path else workdir.first_stage
 
 
-def ensure_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh: Mesh, command: list[str]) -> Any:
+def ensure_first_stage(config: ConfigDict, workdir: WorkDir, mesh: Mesh, command: list[str]) -> Any:
     """The model directory of a diffusion run's first stage: another's (`first_stage.path`), or its own, trained now if need be."""
     own = first_stage_workdir(config, workdir)
     if own is None:
@@ -157,7 +138,7 @@ def ensure_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mes
     inner = configs.first_stage_run(config)
     if not is_complete(own, inner.train.steps):
         own.claim(inner, command, versions())
-        train_first_stage(inner, own, source, mesh)
+        train_first_stage(inner, own, open_source(inner, workdir), mesh)
     return own.model
 
 
@@ -228,15 +209,6 @@ def _first_stage_weights(config: ConfigDict, workdir: WorkDir, source: Source, m
     return stage.network, stage.autoencoder(jax.device_get(state.ema[str(config.ema.decays[0])])), int(state.step)
 
 
-def reconstruction_table(config: ConfigDict, stage: FirstStage, params: Params) -> dict[str, Any]:
-    """The oracle's table on reconstructions of scenes that were not trained on."""
-    fresh = ConfigDict({**config.data.to_dict(), "seed": config.data.seed + 1_000_000, "size": config.evaluate.prompts})
-    source = make_source(fresh, pairs="all")
-    examples = [source[i] for i in range(len(source))]
-    images = stack([{"image": e["image"]} for e in examples])["image"]
-    return score_table(reconstructions(stage, params, images), [e["text"] for e in examples])
-
-
 def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | LatentCache) -> Tokenizer | None:
     """The run's tokenizer: stored in the work directory, so that a resumed run has the same."""
     text = config.conditioning.text
@@ -303,8 +275,8 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: 
         init_from.start_denoiser(stage, config.train.init_from)
     state = loop.train(stage, workdir, mesh)
     trained = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))
-    if config.data.source == "shapes" and config.conditioning.text.enabled:
-        report(config, workdir, trained)
+    if config.data.source == "shapes":
+        report(config, workdir, trained, source)
     trained.save(workdir.model)
 
 
@@ -312,22 +284,6 @@ def model_info(config: ConfigDict, step: int) -> dict[str, Any]:
     """What `model.json` says beside the latent statistics; `step` counts the updates behind the weights."""
     groups = {name: config[name].to_dict() for name in ("diffusion", "sample", "conditioning")}
     return {"task": "diffusion", "step": step, "resolution": config.data.resolution, **groups}
-
-
-def report(config: ConfigDict, workdir: WorkDir, model: LatentDiffusion) -> None:
-    """Chooses the guidance scale, makes it the model's default, and leaves the oracle's table as `oracle.json` and on the screen."""
-    group, counts, resolution = config.evaluate, config.data.counts, config.data.resolution
-    draw: Any = partial(_draw, model)
-    best, means = choose_guidance(draw, group.guidance, group.guidance_prompts, counts, resolution)
-    table = prompt_accuracy(draw, best, group.prompts, group.held_out, counts, resolution)
-    model.info["sample"]["guidance"] = best
-    configs.write_json(workdir.path / "oracle.json", {"guidance": best, "all_by_guidance": means, "table": table})
-    print(f"guidance {best:g}, chosen on other prompts (share all correct by scale: { {k: round(v, 3) for k, v in means.items()} })")
-    print(format_table(table), flush=True)
-
-
-def _draw(model: LatentDiffusion, *, prompts: list[str], guidance: float, seed: int) -> np.ndarray:
-    return model.sample(prompts=prompts, guidance=guidance, seed=seed)
 
 
 def restore_model(path: str, step: int | None = None, ema: str | None = None, dtype: str = "auto") -> LatentDiffusion:

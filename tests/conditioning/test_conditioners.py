@@ -325,6 +325,36 @@ def test_fewer_neighbours_than_there_may_be(count: int) -> None:
     assert dropped.shape == (64, count, 16) and {0.0, 1.0} == set(np.unique(dropped))
 
 
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_tokens_of_boxes_read_back_to_half_a_cell(data: st.DataObject) -> None:
+    c = only("boxes")
+    share = st.floats(0, 1)
+    rows = [
+        (data.draw(st.integers(0, 98)), *sorted((data.draw(share), data.draw(share))), *sorted((data.draw(share), data.draw(share))))
+        for _ in range(data.draw(st.integers(0, c.max_objects)))
+    ]
+    boxes = np.array([(label, x0, y0, x1, y1) for label, x0, x1, y0, y1 in rows]).reshape(-1, 5)
+    crop = np.array([0.1, 0.2, data.draw(st.floats(0.3, 1)), 0.9])
+    tokens = c.prepare({"boxes": [boxes], "crop": [crop]})["box_tokens"][0]
+    found, window = c.boxes_of(tokens)
+    cell = 0.5 / (c.sections - 1) + 1e-9
+    np.testing.assert_array_equal(found[:, 0], boxes[:, 0])
+    np.testing.assert_allclose(found[:, 1:], boxes[:, 1:], atol=cell)
+    np.testing.assert_allclose(window, crop, atol=cell)
+    np.testing.assert_array_equal(c.prepare({"boxes": [found], "crop": [window]})["box_tokens"][0], tokens)
+
+
+@pytest.mark.parametrize(("name", "larger"), [("segmentation", (12, 20)), ("low_res", (3, 5, 3)), ("mask", (3, 5, CHANNELS + 1))])
+def test_pictures_of_any_size_have_no_condition_of_that_size(name: str, larger: tuple[int, ...]) -> None:
+    c = conditioning(name, drop_rate=0.5)
+    given_ = c.prepare({name: np.zeros((2, *larger), np.float32 if name == "mask" else np.uint8)})
+    away = c.unconditional(given_)[name]
+    assert away.shape == (2, *larger) and len(np.unique(away)) == 1
+    dropped = np.asarray(c.drop({name: jnp.zeros((64, *larger), away.dtype)}, jax.random.key(0))[name])
+    assert {0, away.flat[0].item()} == set(np.unique(dropped).tolist())
+
+
 # --- bad input ---
 
 BOXES = "boxes are rows of"
@@ -349,11 +379,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("boxes", [[[100, 0, 0, 1, 1]]], r"classes of boxes must be whole numbers in \[0, 100\)"),
     ("boxes", [[[1.5, 0, 0, 1, 1]]], "classes of boxes must be whole numbers"),
     ("segmentation", np.full((1, 16, 16), 7), r"classes of a segmentation must lie in \[0, 7\), or be 255 for none"),
-    ("segmentation", np.zeros((1, 8, 8), np.uint8), r"segmentation must be \[16, 16\] for each image, not \[8, 8\]"),
+    ("segmentation", np.zeros((1, 8, 8, 1), np.uint8), r"segmentation must be \[H, W\] for each image, not \[8, 8, 1\]"),
     ("segmentation", np.full((1, 16, 16), 300), "segmentation must be uint8 numbers, not int64 from 300 to 300"),
-    ("low_res", np.zeros((1, 16, 16, 3), np.uint8), r"low_res must be \[4, 4, 3\] for each image, not \[16, 16, 3\]"),
+    ("low_res", np.zeros((1, 16, 16, 4), np.uint8), r"low_res must be \[h, w, 3\] for each image, not \[16, 16, 4\]"),
     ("low_res", np.full((1, 4, 4, 3), 0.5), "low_res must be uint8 numbers"),
-    ("mask", np.zeros((1, 4, 4, 3)), r"mask must be \[4, 4, 4\] for each image, not \[4, 4, 3\]"),
+    ("mask", np.zeros((1, 4, 4, 3)), r"mask must be \[h, w, 4\] for each image, not \[4, 4, 3\]"),
     ("mask", [np.zeros((4, 4, 4)), np.zeros((4, 4, 3))], "not arrays of different shapes"),
     ("neighbors", np.zeros((1, 5, 16)), "neighbors must be 1 to 4 embeddings for each image, as many for all, not 5$"),
     ("neighbors", np.zeros((1, 0, 16)), "neighbors must be 1 to 4 embeddings for each image, as many for all, not 0$"),

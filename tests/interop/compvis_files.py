@@ -14,7 +14,7 @@ from ldm_jax.interop.compvis_yaml import read_yaml
 from ldm_jax.interop.importing import Networks, build_networks
 from ldm_jax.interop.keymap import their_shapes
 from ldm_jax.interop.safetensors_file import Spec, write_safetensors
-from ldm_jax.latent_diffusion import abstract_params
+from ldm_jax.stages import abstract_params
 
 MODULES = "ldm.modules.encoders.modules."
 

@@ -18,7 +18,7 @@ from ldm_jax.interop.architecture import Architecture
 from ldm_jax.interop.compvis_yaml import read_yaml, to_yaml
 from ldm_jax.interop.importing import build_networks
 from ldm_jax.interop.text_encoders import OPENCLIP_H14
-from ldm_jax.latent_diffusion import build_autoencoder, build_denoiser
+from ldm_jax.stages import build_autoencoder, build_denoiser
 from tests.interop import compvis_files as files
 from tests.interop.compvis_files import changed
 

@@ -19,7 +19,7 @@ from ldm_jax.conditioning.build import Model, build_conditioning
 from ldm_jax.config import UserError, load_file
 from ldm_jax.interop import compvis, diffusers
 from ldm_jax.interop.keymap import KeyMap, flatten, their_shapes
-from ldm_jax.latent_diffusion import FirstStage, abstract_params, build_autoencoder, build_denoiser
+from ldm_jax.stages import FirstStage, abstract_params, build_autoencoder, build_denoiser
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KEYS = Path(__file__).parent / "keys"

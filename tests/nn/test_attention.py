@@ -1,5 +1,7 @@
 """Attention against numpy, and the blocks of the paper's UNet."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,20 @@ def test_attention_equals_numpy(dtype: jnp.dtype) -> None:
     assert y.dtype == dtype
     expected = plain(*(np.asarray(a, np.float64) for a in (q, k, v)))
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=1e-5 if dtype == jnp.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("queries", [8, 11])
+def test_attention_by_chunks_of_queries_is_the_same(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
+    q, k, v = normal(0, 2, queries, 3, 8), normal(1, 2, 7, 3, 8), normal(2, 2, 7, 3, 8)
+
+    def run() -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        loss = lambda *args: jnp.sum(attention(*args) ** 2)  # noqa: E731
+        return jax.jit(lambda *args: attention(*args))(q, k, v), jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    whole = run()
+    monkeypatch.setattr("ldm_jax.nn.attention._WHOLE_UP_TO", 7 * queries - 1)  # chunks of 1 or 2 queries
+    assert "while" in jax.jit(attention).lower(q, k, v).as_text()
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), run(), whole)
 
 
 def test_multi_head_attention_equals_its_definition() -> None:

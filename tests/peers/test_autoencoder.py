@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from ldm_jax.interop.diffusers import autoencoder_config, autoencoder_map, autoencoder_settings
 from ldm_jax.interop.exporting import export_folder
 from ldm_jax.interop.pipelines import import_folder
-from ldm_jax.latent_diffusion import build_autoencoder, init_autoencoder
 from ldm_jax.nn.autoencoder import VQAutoencoder
+from ldm_jax.stages import build_autoencoder, init_autoencoder
 from tests.peers.models import assert_same_network, compare, config_of, exported, imported, randomised, state_of
 
 pytestmark = pytest.mark.peers

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import ldm_jax
-from ldm_jax import latent_diffusion
+from ldm_jax import latent_diffusion, stages
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError
 from ldm_jax.diffusion.samplers import initial_noise
@@ -80,8 +80,8 @@ def save(path: Path, what: Architecture, scale: float = 0.7) -> Path:
 @pytest.fixture
 def floats(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Samples are what the decoder gives, and are not rounded."""
-    monkeypatch.setattr(latent_diffusion, "to_uint8", lambda images: images)
-    monkeypatch.setattr(latent_diffusion, "generate_jit", jax.jit(lambda *a: latent_diffusion.generate(*a), static_argnums=(0, 1, 2, 3)))
+    monkeypatch.setattr(stages, "to_uint8", lambda images: images)
+    monkeypatch.setattr(latent_diffusion, "generate_jit", jax.jit(lambda *a: stages.generate(*a), static_argnums=(0, 1, 2, 3)))
     return monkeypatch
 
 
@@ -168,16 +168,20 @@ def test_other_pipelines_draw_what_ours_draw(name: str, tmp_path: Path, floats: 
 
 
 def test_inpainting_draws_what_ours_draws_and_passes_both_ways(tmp_path: Path, floats: Any) -> None:
-    model, pipe = both(tmp_path, architecture(KL, CROSS, text=CLIP, mask={"style": "sd"}), "StableDiffusionInpaintPipeline")
+    what = architecture(KL, CROSS, text=CLIP, mask={"style": "sd", "shrink": "nearest"})
+    model, pipe = both(tmp_path, what, "StableDiffusionInpaintPipeline")
     masks = np.zeros((2, 32, 32), np.float32)
     masks[0, 8:24, 4:20] = masks[1, :, 16:] = 1
     latents = to_torch(np.asarray(initial_noise(SEED, np.arange(2), model.latent_shape)))
     given = {"image": to_torch(PICTURES / np.float32(255)), "mask_image": torch.from_numpy(masks)[:, None]}
     theirs = pipe(PROMPTS, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=latents, output_type="np", **given).images
     settings: Settings = {"prompts": PROMPTS, "steps": STEPS, "guidance": GUIDANCE, "seed": SEED}
-    ours = model.sample(mask=model.masked(PICTURES, masks), **settings)
-    assert_same_pictures(ours, theirs)
-    assert np.abs(ours - model.sample(mask=model.masked(PICTURES, 1 - masks), **settings)).max() > 0.02
+    ours = model.sample(image=PICTURES, mask=masks, **settings)
+    np.testing.assert_array_equal(ours[masks == 0], PICTURES[masks == 0])  # theirs are what was decoded there
+    shown = masks[..., None] > 0
+    assert_same_pictures(np.where(shown, ours, 0), np.where(shown, theirs, 0.5))
+    other = model.sample(image=255 - PICTURES, mask=masks, **settings)
+    assert np.abs(ours - other)[np.broadcast_to(shown, ours.shape)].max() > 0.02
     assert_passes_both_ways(pipe, tmp_path / "again")
 
 
@@ -404,7 +408,8 @@ REFUSED: dict[str, tuple[Architecture, str]] = {
     "classes as context": (architecture(KL, CROSS, label=LABEL | {"width": 16, "to": "crossattn"}), "whose UNet takes label"),
     "T5": (architecture(KL, CROSS, text={"kind": "t5", "vocab_size": 300, "width": 16, "depth": 1, "num_heads": 2}), "T5 alone"),
     "VQ with texts, by 4": (architecture(VQ, CROSS, text=BERT), "KL autoencoder only.* not 4 and 77"),
-    "the paper's masks": (architecture(KL, CROSS, text=CLIP, mask={"style": "ldm"}), "mask.style=sd .* not ldm"),
+    "the paper's masks": (architecture(KL, CROSS, text=CLIP, mask={"style": "ldm"}), "mask.style=sd, .* not ldm"),
+    "masks of any pixel": (architecture(KL, CROSS, text=CLIP, mask={"style": "sd", "shrink": "any"}), "not sd, any"),
     "a flow": (architecture(KL, CROSS, {"process": "flow", "prediction": "flow"}, text=CLIP), "no flow process"),
     "times that their steps miss": (architecture(KL, CROSS, spacing="linspace", text=CLIP), "linspace"),
     "few classes": (architecture(KL, DIT, label=LABEL | {"num_classes": 10}), "num_classes=1000"),

@@ -9,9 +9,9 @@ import pytest
 
 from ldm_jax.config import WorkDir
 from ldm_jax.data.sources import make_source
-from ldm_jax.latent_diffusion import apply, to_float
 from ldm_jax.nn import quantize
 from ldm_jax.sharding.mesh import make_mesh
+from ldm_jax.stages import apply, to_float
 from ldm_jax.training import loop
 from ldm_jax.training.autoencoder import AutoencoderStage
 from tests import tiny
@@ -69,7 +69,7 @@ def test_it_learns_to_draw_shapes(ema: float) -> None:
     cfg.first_stage.optimizer.update(learning_rate=5e-3)
     cfg.first_stage.train.update(steps=60)
     run = tiny.first_stage_run(cfg)
-    stage = AutoencoderStage(run, make_source(run.data, needs_text=False, log_path=None))
+    stage = AutoencoderStage(run, make_source(run.data))
     state = jax.jit(stage.init)(jax.random.key(0))
     step = jax.jit(stage.update, static_argnums=4, donate_argnums=0)
     batches, losses, perplexities = stage.batches(), [], []

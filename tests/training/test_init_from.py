@@ -13,8 +13,8 @@ import ldm_jax
 from ldm_jax.config import UserError, WorkDir, check
 from ldm_jax.diffusion.process import DiscreteProcess
 from ldm_jax.diffusion.schedules import make_betas
-from ldm_jax.latent_diffusion import Denoiser
 from ldm_jax.sharding.mesh import make_mesh, to_global
+from ldm_jax.stages import Denoiser
 from ldm_jax.training import init_from, loop
 from ldm_jax.training.run import run
 from tests import tiny

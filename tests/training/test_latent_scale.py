@@ -12,7 +12,8 @@ from PIL import Image
 import ldm_jax
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.sources import make_source
-from ldm_jax.latent_diffusion import FirstStage, LatentDiffusion
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.stages import FirstStage
 from ldm_jax.training.encode import Encoder, latent_scale, latent_statistics
 from ldm_jax.training.run import check_scale, run, settle_latents
 from tests import tiny

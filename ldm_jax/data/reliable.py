@@ -1,0 +1,106 @@
+"""Sources over other sources: what they have in common, and the one that replaces broken examples."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ldm_jax.config import UserError
+from ldm_jax.data.decode import BROKEN
+from ldm_jax.data.reader import Source
+
+
+class Layer:
+    """A source over another, of which everything is asked that a subclass does not answer itself."""
+
+    def __init__(self, below: Any) -> None:
+        self._below = below
+
+    def __len__(self) -> int:
+        return len(self._below)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._below[index]
+
+    def caption(self, index: int) -> Any:
+        """The text of an example, str or list[str], without its picture where the source below can say it alone."""
+        return self._below.caption(index) if hasattr(self._below, "caption") else self._below[index]["text"]
+
+    def name(self, index: int) -> str:
+        """Where the example lies, for people."""
+        return self._below.name(index) if hasattr(self._below, "name") else f"example {index}"
+
+    def fingerprint(self) -> str:
+        return self._below.fingerprint()
+
+
+class Reliable(Layer):
+    """A source whose broken examples are replaced by the next good one, wrapping around at the end.
+
+    The replacement depends on the index alone, so it is the same on every host and after every restart. `broken` is the
+    set of broken indices met so far; each is named once in the log file (index, name, reason; tab separated).
+
+    Args:
+        source: the examples.
+        log_path: file in which broken examples are named; None for none.
+        max_broken: the share of the source that may be broken, in [0, 1].
+
+    Raises:
+        UserError: on reading, where more than that share have turned out to be broken, or all.
+    """
+
+    def __init__(self, source: Source, log_path: Path | None = None, max_broken: float = 1.0) -> None:
+        super().__init__(source)
+        if not 0 <= max_broken <= 1:
+            raise UserError(f"data.max_broken is a share in [0, 1], not {max_broken}")
+        self._log_path, self._max_broken = log_path, max_broken
+        self._lock = threading.Lock()
+        self.broken: set[int] = set()
+        self._logged: set[int] = set()
+        if log_path is not None and log_path.exists():
+            first_columns = (line.split("\t")[0] for line in log_path.read_text(encoding="utf-8").splitlines())
+            self._logged = {int(column) for column in first_columns if column.isdigit()}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._first_good(index, self._below.__getitem__)
+
+    def caption(self, index: int) -> Any:
+        return self._first_good(index, super().caption)
+
+    def _first_good(self, index: int, read: Callable[[int], Any]) -> Any:
+        size = len(self)
+        for candidate in range(index, index + size):
+            candidate %= size
+            if candidate in self.broken:
+                continue
+            try:
+                return read(candidate)
+            except BROKEN as error:
+                self._note(candidate, error)
+        raise UserError(f"data: all {size} examples are broken, the first is {self.name(0)!r}{self._where()}")
+
+    def _note(self, index: int, error: Exception) -> None:
+        with self._lock:
+            self.broken.add(index)
+            if self._log_path is not None and index not in self._logged:
+                self._logged.add(index)
+                self._log_path.parent.mkdir(parents=True, exist_ok=True)
+                with self._log_path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+                    log.write(broken_line(index, self.name(index), error))
+            if len(self.broken) > self._max_broken * len(self):
+                raise UserError(broken_message(len(self.broken), len(self), self._max_broken, self.name(min(self.broken))) + self._where())
+
+    def _where(self) -> str:
+        return "" if self._log_path is None else f"; the reasons are in {self._log_path}"
+
+
+def broken_line(index: int, name: str, error: Exception) -> str:
+    """The line of one broken example in a log."""
+    return f"{index}\t{' '.join(name.split())}\t{type(error).__name__}: {' '.join(str(error).split())}\n"
+
+
+def broken_message(count: int, size: int, allowed: float, first: str) -> str:
+    """What is said where more examples are broken than may be."""
+    return (
+        f"data: {count} of {size} examples are broken, {count / size:.2%}, and data.max_broken allows {allowed:.2%}; the first is {first!r}"
+    )

@@ -1,0 +1,49 @@
+"""The examples of a run: its data, and what is made of them for its conditions."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ldm_jax.conditioning.conditioner import Conditioning
+from ldm_jax.config import UserError, WorkDir, latent_factor
+from ldm_jax.data.derive import derived
+from ldm_jax.data.sources import Source, make_source, needed_fields
+from ldm_jax.model_directory import find_model, load_settings
+from ldm_jax.stages import build_autoencoder
+from ldm_jax.training.neighbors import Neighbored
+
+
+def open_source(config: ConfigDict, workdir: WorkDir) -> Source:
+    """The images of a run, with what its conditioners read. Raises UserError."""
+    source = make_source(config.data, needed_fields(config), log_path=workdir.path / "broken_images.txt")
+    if config.task == "autoencoder":
+        return derived(source, config.data)
+    group = config.conditioning
+    if group.mask.enabled and config.data.cache:
+        raise UserError("conditioning.mask: a picture is encoded with another hole at every step: set data.cache=False")
+    source = derived(source, config.data, group, first_stage_factor(config) if group.low_res.enabled else 1)
+    return Neighbored(source, group.neighbors, workdir) if group.neighbors.enabled else source
+
+
+def first_stage_factor(config: ConfigDict) -> int:
+    """Pixels that a position of the latents stands for, by the run's own first stage or the one that it takes. Raises UserError."""
+    if not config.first_stage.path:
+        return latent_factor(config.first_stage)
+    return build_autoencoder(load_settings(find_model(config.first_stage.path) / "first_stage"), "float32").factor
+
+
+def check_examples(source: Any, conditioning: Conditioning, resolution: int) -> None:
+    """Raises UserError where an example lacks what a conditioner reads, or has it of another size than its picture.
+
+    Of what takes long to make, captions' tokens and neighbours, nothing is asked.
+    """
+    names = set(conditioning.names) - {"text", "neighbors"}
+    if not names:
+        return
+    example = (source.below if isinstance(source, Neighbored) else source)[0]
+    conditioning.prepare({name: [value] for name, value in example.items()}, names - {"mask"})
+    for name in {"segmentation", "mask"} & names:
+        if name not in example:
+            raise UserError(f"the data gives no {name}, which conditioning.{name} needs")
+        if example[name].shape != (resolution, resolution):
+            raise UserError(f"data: {name} is {list(example[name].shape)}, its picture [{resolution}, {resolution}]")
