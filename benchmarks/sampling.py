@@ -4,8 +4,8 @@
 
 The network is the paper's text UNet, narrower. Prints one line of JSON with seconds a run (the best block, contenders by turns): `scan`
 is our program; `python` the same step jitted and called from Python; `network` the scan with the network's evaluations and nothing else;
-`free` the scan with a network that costs nothing, which is all that lies outside a network;
-`diffusers` UNet2DConditionModel with the same weights and DDIMScheduler, eager.
+`diffusers` UNet2DConditionModel with the same weights and DDIMScheduler, eager. `outside_network` is the scan with a network that costs
+nothing, in milliseconds and as a share of the whole.
 """
 
 import argparse

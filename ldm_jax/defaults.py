@@ -198,8 +198,8 @@ def base() -> ConfigDict:
             "diffusion": {
                 "process": "discrete",  # discrete | flow | cosine | sigma
                 "schedule": "linear",  # discrete: linear (the paper's, in sqrt(beta)) | linear_beta | sqrt | cosine | given
-                "start": 0.0015,  # discrete: first and last beta, of schedules that have them; 0: the schedule's own
-                "end": 0.0195,
+                "start": 0.0,  # discrete: first and last beta, of schedules that have them; 0: the schedule's own
+                "end": 0.0,
                 "betas": (),  # discrete, given: num_steps of them
                 "zero_terminal_snr": False,  # discrete: rescaled so that no signal is left at the last time
                 "num_steps": 1000,

@@ -74,15 +74,8 @@ def test_imports_come_from_floors_below(module: str) -> None:
 
 def test_every_room_has_a_floor() -> None:
     beside = {module for module in MODULES if room(module) == "front doors"}
-    assert beside == {
-        "ldm_jax",
-        "ldm_jax.cli",
-        "ldm_jax.train",
-        "ldm_jax.encode",
-        "ldm_jax.sample",
-        "ldm_jax.convert",
-        "ldm_jax.check_data",
-    }
+    commands = ("train", "encode", "sample", "convert", "check_data", "neighbors")
+    assert beside == {"ldm_jax", "ldm_jax.cli", *(f"ldm_jax.{name}" for name in commands)}
     assert {room(module) for module in MODULES} | {"interop"} == set(FLOORS)
 
 
@@ -110,8 +103,9 @@ def test_packages_that_must_stay_out(where: str, forbidden: set[str]) -> None:
         "import runpy; sys.argv = ['sample', '--help']; runpy.run_module('ldm_jax.sample', run_name='__main__')",
         "import runpy; sys.argv = ['convert', '--help']; runpy.run_module('ldm_jax.convert', run_name='__main__')",
         "import runpy; sys.argv = ['check_data', '--help']; runpy.run_module('ldm_jax.check_data', run_name='__main__')",
+        "import runpy; sys.argv = ['neighbors', '--help']; runpy.run_module('ldm_jax.neighbors', run_name='__main__')",
     ],
-    ids=["import", "train", "encode", "sample", "convert", "check_data"],
+    ids=["import", "train", "encode", "sample", "convert", "check_data", "neighbors"],
 )
 def test_help_loads_nothing_heavy(command: str) -> None:
     heavy = "{'jax', 'jaxlib', 'flax', 'numpy', 'tensorflow', 'tensorflow_datasets', 'torch', 'transformers', 'orbax', 'grain'}"

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ldm_jax.config import UserError
+from ldm_jax.diffusion.schedules import ENDS
 from ldm_jax.interop.architecture import Architecture
 from ldm_jax.interop.importing import Networks
 from ldm_jax.interop.text_encoders import CLIP_L14, OPENCLIP_H14
@@ -300,8 +301,8 @@ def to_yaml(networks: Networks) -> str:
     if label := next((one for one in conditioners if one.name == "label"), None):
         ours = {_OURS: {"null_class": label.null_class}}
     params = {
-        "linear_start": diffusion["start"],
-        "linear_end": diffusion["end"],
+        "linear_start": diffusion["start"] or ENDS["linear"][0],
+        "linear_end": diffusion["end"] or ENDS["linear"][1],
         "timesteps": diffusion["num_steps"],
         "parameterization": diffusion["prediction"],
         "loss_type": diffusion["loss"],

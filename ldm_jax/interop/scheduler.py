@@ -183,5 +183,5 @@ def _betas(diffusion: Mapping[str, Any]) -> dict[str, Any]:
     if diffusion["schedule"] == "cosine":
         return {"beta_schedule": schedules["cosine"]}
     own = {"beta_start": float(betas[0]), "beta_end": float(betas[-1])}
-    ends = {name: own[name] if value is None else value for name, value in given.items()}
+    ends = {name: value or own[name] for name, value in given.items()}
     return {"beta_schedule": schedules[diffusion["schedule"]], **ends}
