@@ -170,7 +170,7 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    counts, few = [5, 10, 20, 40, 80, 160, 320], [5, 10, 20, 40, 80, 160]
+    counts = [5, 10, 20, 40, 80, 160, 320]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
     lines = ["| sampler | order | slope | error at " + " | ".join(str(n) for n in counts) + " steps |", "|---" * (3 + len(counts)) + "|"]
     with jax.enable_x64(True):
@@ -183,13 +183,13 @@ def main() -> None:
             lines.append(f"| {kind} | {order} | {shown:.2f} | " + " | ".join(f"{e:.1e}" for e in errors) + " |")
         lines += [
             "",
-            "| sampler | order | slope | error at " + " | ".join(str(n) for n in few) + " steps | 4 standard errors |",
-            "|---" * (4 + len(few)) + "|",
+            "| sampler | order | slope | error at " + " | ".join(str(n) for n in counts) + " steps | 4 standard errors |",
+            "|---" * (4 + len(counts)) + "|",
         ]
         many = starts(100_000)
         for kind, order in STOCHASTIC.items():
-            errors, noise = moment_errors(kind, few, many)
-            axes[1].loglog(few, errors, "o-", label=kind, markersize=3)
+            errors, noise = moment_errors(kind, counts, many)
+            axes[1].loglog(counts, errors, "o-", label=kind, markersize=3)
             exactly = [gaussian_error(table_of(kind, grid_of(steps)), grid_of(steps)) for steps in counts]
             row = " | ".join(f"{e:.1e}" for e in errors)
             lines.append(f"| {kind} | {order} | {slope(counts, exactly):.2f} | {row} | {noise:.1e} |")
