@@ -2,8 +2,11 @@
 PYTHON ?= python3
 ACCELERATOR ?= cpu
 WORKDIR ?= runs/txt2img
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# A file of tests stays in one process, for what its tests share.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 EXTRA_cuda := jax[cuda13]
 EXTRA_tpu := jax[tpu]
 EXTRA_cpu := jax
@@ -14,13 +17,13 @@ txt2img: $(VENV)/.$(ACCELERATOR)
 	$(BIN)/python -m ldm_jax.train --config configs/txt2img.py --workdir $(WORKDIR)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not peers"
+	$(PYTEST) -m "not slow and not peers"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not peers"
+	$(PYTEST) -m "slow and not peers"
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -m peers
+	$(PYTEST) -m peers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
