@@ -52,6 +52,7 @@ def shapes() -> ConfigDict:
     config = presets.shapes()
     config.conditioning.text.update(enabled=True, vocab_size=512, max_length=24, width=128, depth=2, num_heads=4, head_dim=32)
     config.sample.prompts = PROMPTS
+    config.evaluate.prompts = 500
     return config
 
 

@@ -250,7 +250,7 @@ def base() -> ConfigDict:
                 "batch_size": 50,
             },
             "evaluate": {
-                "prompts": 500,  # fresh prompts for each number of objects, in the table of the end (shapes only)
+                "prompts": 500,  # fresh prompts for each number of objects, or scenes of other conditions, in the last table (shapes only)
                 "held_out": 200,  # prompts with colour-shape pairs never seen
                 "guidance": (1.0, 2.0, 3.0, 4.0, 6.0),  # tried on other prompts; the best is reported
                 "guidance_prompts": 48,

@@ -114,7 +114,7 @@ def shapes() -> ConfigDict:
     config.ema.decays = (0.999, 0.99)
     config.train.update(steps=8_000, batch_size=16, log_every=50)
     config.sample.update(every=2_000, sampler="euler", steps=25, guidance=3.0, spacing="trailing", batch_size=50)
-    config.evaluate.update(prompts=500, held_out=200, guidance=(2.0, 3.0, 4.0), guidance_prompts=32)
+    config.evaluate.update(prompts=256, held_out=200, guidance=(2.0, 3.0, 4.0), guidance_prompts=32)
     config.checkpoint.update(every=500, keep=2)
     return config
 
