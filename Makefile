@@ -2,11 +2,11 @@
 PYTHON ?= python3
 ACCELERATOR ?= cpu
 WORKDIR ?= runs/txt2img
-JOBS ?= 2
+JOBS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# A file of tests stays in one process, for what its tests share.
-PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+# With JOBS=2, in two processes; a file of tests stays in one, for what its tests share.
+PYTEST := $(BIN)/python -m pytest $(if $(JOBS),--numprocesses $(JOBS) --dist loadfile)
 EXTRA_cuda := jax[cuda13]
 EXTRA_tpu := jax[tpu]
 EXTRA_cpu := jax
