@@ -165,6 +165,8 @@ def shown(example: dict[str, Any]) -> "np.ndarray":
     import numpy as np
     from PIL import Image, ImageDraw
 
+    from ldm_jax.training.preview import class_colors
+
     picture = Image.fromarray(example["image"])
     factor = max(1, _TILE // picture.width)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -172,20 +174,13 @@ def shown(example: dict[str, Any]) -> "np.ndarray":
     corner, opposite = np.asarray(example["crop"], np.float64).reshape(2, 2)  # of what is shown, in shares of the whole picture
     for label, *places in np.asarray(example.get("boxes", ()), np.float64).reshape(-1, 5):
         at = (np.reshape(places, (2, 2)) - corner) / (opposite - corner) * side
-        draw.rectangle(at.round().ravel().tolist(), outline=tuple(_colours(np.array(int(label))).tolist()))
+        draw.rectangle(at.round().ravel().tolist(), outline=tuple(class_colors(np.array(int(label))).tolist()))
     tiles = [np.asarray(picture)]
     if "segmentation" in example:
-        tiles.append(_colours(example["segmentation"]).repeat(factor, 0).repeat(factor, 1))
+        tiles.append(class_colors(example["segmentation"]).repeat(factor, 0).repeat(factor, 1))
     if "mask" in example:
         tiles.append(np.where(example["mask"][..., None], np.uint8(255), example["image"]).repeat(factor, 0).repeat(factor, 1))
     return np.concatenate(tiles, axis=1)
-
-
-def _colours(labels: "np.ndarray") -> "np.ndarray":
-    """A colour for each class, uint8 [..., 3]."""
-    import numpy as np
-
-    return ((labels[..., None].astype(int) * [67, 129, 197] + [40, 90, 150]) % 256).astype(np.uint8)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,13 @@ from ldm_jax.stages import (
     FirstStage,
     GenerateInputs,
     abstract_params,
+    any_hole,
     build_autoencoder,
     build_denoiser,
     compute_dtype,
     generate_jit,
     inverted_jit,
+    pasted,
     prepare,
     to_float,
 )
@@ -215,7 +217,7 @@ class LatentDiffusion:
         if steps is not None and steps < 1:
             raise UserError(f"steps must be at least 1, not {steps}")
         given, total = self._inputs(inputs, len(images), None)
-        size = self._size(SimpleNamespace(size=None, init_images=images), given)
+        size = self._size(None, images, given)
         arrays = self.prepare(given)
         settings = SamplerSettings("ddim", steps or defaults["steps"], spacing=defaults["spacing"])
 
@@ -239,7 +241,7 @@ class LatentDiffusion:
         more = {"guidance": asked.guidance, "negative": asked.negative, "weak": asked.weak}
         check_guidance(sampling, scale, guiding | more, guides)
         check_levels(sampling, denoiser.process)
-        request = self._fixed(asked, total, self._size(asked, given))
+        request = self._fixed(asked, total, self._size(asked.size, asked.init_images, given))
         size = min(asked.batch_size or defaults["batch_size"], total)
         size = -(-size // self.mesh.size) * self.mesh.size  # every device has as many
         drawn = []
@@ -257,16 +259,16 @@ class LatentDiffusion:
         images, states = zip(*drawn, strict=True)
         return _pasted(np.concatenate(images), asked, given), np.concatenate(states, axis=1)
 
-    def _size(self, asked: SimpleNamespace, given: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
+    def _size(self, asked: Sequence[int] | None, init_images: np.ndarray | None, given: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
         """(H, W) of the images that are drawn. Raises UserError."""
         factor, network = self.first_stage.network.factor, self._needs_denoiser().network
         pictures = {name: np.shape(given[name][0])[:2] for name in ("segmentation", "image") if name in given}
-        if asked.init_images is not None:
-            pictures["init_images"] = np.shape(asked.init_images)[1:3]
+        if init_images is not None:
+            pictures["init_images"] = np.shape(init_images)[1:3]
         if "low_res" in given:
             height, width = np.shape(given["low_res"][0])[:2]
             pictures["low_res"] = (height * factor, width * factor)
-        return picture_size(asked.size, pictures, factor * network.multiple, self.info["resolution"])
+        return picture_size(asked, pictures, factor * network.multiple, self.info["resolution"])
 
     def _with_tiles(self, sampling: Sampling, asked: SimpleNamespace) -> Sampling:
         factor, multiple = self.first_stage.network.factor, self._needs_denoiser().network.multiple
@@ -306,7 +308,7 @@ class LatentDiffusion:
     def weak_for(self, model: "LatentDiffusion") -> Denoiser:
         """This model's denoiser, to guide another of the same latents. Raises UserError where it is not of them."""
         ours, theirs = self._needs_denoiser(), model._needs_denoiser()
-        names = [[c.name for c in d.conditioning.conditioners] for d in (ours, theirs)]
+        names = [list(d.conditioning.names) for d in (ours, theirs)]
         if self.latent_shape != model.latent_shape or names[0] != names[1]:
             raise UserError(
                 f"the weak model has latents {self.latent_shape} and conditions {names[0]}, this one {model.latent_shape} and {names[1]}"
@@ -324,11 +326,9 @@ class LatentDiffusion:
 
     def _holes(self, holes: np.ndarray, total: int, size: tuple[int, int]) -> np.ndarray:
         """Holes of pictures [N,H,W] at the size of latents, float32 [total,h,w,1]: 1 wherever a latent sees any of one."""
-        factor = self.first_stage.network.factor
         if holes.shape not in ((1, *size), (total, *size)):
             raise UserError(f"holes must be [1 or {total},{size[0]},{size[1]}], not {list(holes.shape)}")
-        blocks = (holes > 0).reshape(len(holes), size[0] // factor, factor, size[1] // factor, factor)
-        small = np.asarray(blocks.any(axis=(2, 4)))
+        small = any_hole(holes > 0, self.first_stage.network.factor)
         return np.broadcast_to(small[..., None], (total, *small.shape[1:], 1)).astype(np.float32)
 
     def _inputs(self, inputs: dict[str, Any], num: int | None, negative: str | None) -> tuple[dict[str, Sequence[Any]], int]:
@@ -379,7 +379,7 @@ def _pasted(drawn: np.ndarray, asked: SimpleNamespace, given: Mapping[str, Any])
     """Images uint8 [N,H,W,3] with what is outside of their holes as it was given."""
     for images, holes in ((asked.init_images, asked.holes), (given.get("image"), given.get("mask"))):
         if images is not None and holes is not None:
-            drawn = np.where(np.stack(holes)[..., None] > 0, drawn, np.stack(images))
+            drawn = pasted(drawn, np.stack(images), np.stack(holes))
     return drawn
 
 

@@ -92,11 +92,13 @@ def check_inputs(takes: Sequence[str], given: Collection[str]) -> None:
         raise UserError(f"this model needs {', '.join(missing)}: one for every image, or one for each")
 
 
-def read_inputs(args: Any, takes: Sequence[str], size: tuple[int, int]) -> dict[str, list[Any]]:
-    """The inputs of a model by the flags; pictures are cropped to `size` (H, W), but for those to enlarge. Raises UserError."""
+def read_inputs(args: Any, prompts: list[str] | None, takes: Sequence[str], size: tuple[int, int]) -> dict[str, list[Any]]:
+    """The inputs of a model by the flags and the prompts that they gave; pictures are cropped to `size` (H, W), but for those to enlarge.
+
+    Raises UserError.
+    """
     from ldm_jax.data.given import fitted, read_boxes, read_neighbors, read_picture
 
-    prompts = read_prompts(args.prompt, args.prompts_file)
     names = [name for name in ("label", "boxes", "segmentation", "image", "mask", "neighbors") if getattr(args, name) is not None]
     check_inputs(takes, [*(["--prompt"] if prompts or args.negative is not None else []), *(flag(name) for name in names)])
     inputs: dict[str, list[Any]] = {} if prompts is None else {"text": prompts}
@@ -136,7 +138,7 @@ def captions_of(inputs: dict[str, list[Any]], num: int) -> list[str] | None:
 
 def main() -> int:
     args = parser().parse_args()
-    read_prompts(args.prompt, args.prompts_file)  # before anything slow
+    prompts = read_prompts(args.prompt, args.prompts_file)  # before anything slow
     cli.start()
     import numpy as np
     from etils import epath
@@ -146,7 +148,7 @@ def main() -> int:
 
     model = ldm_jax.load(args.model, args.step, args.ema, args.dtype)
     size = tuple(args.size or (model.info["resolution"],) * 2)
-    inputs = read_inputs(args, model.inputs, size) if model.denoiser is not None else {}
+    inputs = read_inputs(args, prompts, model.inputs, size) if model.denoiser is not None else {}
     start: dict[str, Any] = {"image": read_picture(args.init_image)} if args.init_image else {}
     start |= {"mask": read_picture(args.hole, "mask")} if args.hole else {}
     start = {name: made[None] for name, made in fitted(start, size).items()} if start else {}

@@ -37,6 +37,17 @@ def apply(network: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
     return network.apply({"params": params}, *args, **kwargs)
 
 
+def any_hole(holes: Any, factor: int) -> Any:
+    """Holes of pictures, bool [N,H,W], at the size of latents [N,h,w]: wherever a latent sees any of one."""
+    n, height, width = holes.shape
+    return holes.reshape(n, height // factor, factor, width // factor, factor).any(axis=(2, 4))
+
+
+def pasted(drawn: np.ndarray, images: np.ndarray, holes: np.ndarray) -> np.ndarray:
+    """Images uint8 [N,H,W,3] as drawn inside of holes [N or 1,H,W] (not 0), and as given outside."""
+    return np.where(holes[..., None] != 0, drawn, images)
+
+
 @dataclass(frozen=True)
 class FirstStage:
     """The autoencoder with the affine map between raw and scaled latents: scaled = (raw - shift) / scale, per channel or one for all."""
@@ -69,9 +80,7 @@ class FirstStage:
         """
         factor, empty = self.network.factor, 0.0 if conditioner.style == "sd" else -1.0
         latents = self.latents(self.moments(params, jnp.where(holes[..., None], jnp.asarray(empty, images.dtype), images)))
-        small = holes[:, ::factor, ::factor]
-        if conditioner.shrink == "any":
-            small = holes.reshape(len(holes), latents.shape[1], factor, latents.shape[2], factor).any(axis=(2, 4))
+        small = any_hole(holes, factor) if conditioner.shrink == "any" else holes[:, ::factor, ::factor]
         return jnp.concatenate([latents, jnp.where(small[..., None], 1.0, -1.0).astype(latents.dtype)], axis=-1)
 
     def decode(self, params: Params, latents: jax.Array, tiles: Tiles | None = None) -> jax.Array:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax import check_data, cli
+from ldm_jax.training.preview import class_colors
 from tests.data.pictures import gray_png, noise, save
 
 CONFIG = f"{Path(__file__).parent.parent}/configs/txt2img.py:smoke"
@@ -133,7 +134,7 @@ def test_boxes_maps_and_holes_are_shown_where_they_are_in_the_crop() -> None:
     picture = check_data.shown(example)
     assert picture.shape == (125, 375, 3)
     enlarged = inside.repeat(5, 0).repeat(5, 1)
-    outline = tuple(check_data._colours(np.array(3)))
+    outline = tuple(class_colors(np.array(3)))
     drawn = (picture[:, :125] == outline).all(-1)
     rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (25, 75, 50, 100)

@@ -10,10 +10,11 @@ import numpy as np
 from ldm_jax.config import UserError, replacing
 from ldm_jax.data.reader import CALLED, FIELDS, Reader, as_text, captions
 from ldm_jax.data.records import decode_example, encode_example
-from ldm_jax.data.shard_files import files_hash, find_files
+from ldm_jax.data.shard_files import files_hash, find_files, place
 
 _SUFFIXES = (".array_record", ".arrayrecord", ".array_records")
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access: no reading ahead
+WRITER_OPTIONS = "group_size:1,uncompressed"  # a random read fetches its own record, and pictures are compressed already
+READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access: no reading ahead
 _READER_BUFFER = 1 << 14  # bytes
 
 
@@ -57,17 +58,12 @@ class ArrayRecordSource(Reader):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """The file of an example and its place there."""
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return file, index - (int(self._ends[file - 1]) if file else 0)
-
     def _record(self, index: int) -> dict[str, Any]:
-        file, place = self._place(index)
+        file, row = place(self._ends, index)
         try:
-            return decode_example(self._readers[file].read([place])[0])
+            return decode_example(self._readers[file].read([row])[0])
         except (RuntimeError, IndexError) as error:
-            raise OSError(f"record {place} of {self.files[file]} cannot be read: {error}") from error
+            raise OSError(f"record {row} of {self.files[file]} cannot be read: {error}") from error
 
     def read(self, index: int, fields: Collection[str]) -> dict[str, Any]:
         record = self._record(index)
@@ -78,8 +74,8 @@ class ArrayRecordSource(Reader):
 
     def name(self, index: int) -> str:
         """The file and the number of the record in it."""
-        file, place = self._place(index)
-        return f"{self.files[file].name}:{place}"
+        file, row = place(self._ends, index)
+        return f"{self.files[file].name}:{row}"
 
     def fingerprint(self) -> str:
         """Hash of the files' names, sizes and modification times, and of the fields that are asked for."""
@@ -90,7 +86,7 @@ def _open(path: Path) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
-        reader = ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
+        reader = ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
         if reader.num_records() == 0:
             reader.close()  # raises where opening found the file damaged
     except RuntimeError as error:
@@ -122,7 +118,7 @@ def write_records(directory: str | Path, examples: Iterable[dict[str, Any]], sha
             first = list(itertools.islice(rows, 1))
             if not first:
                 return count
-            writer = ArrayRecordWriter(str(root / f"data-{shard:05d}.array_record"), "group_size:1,uncompressed")
+            writer = ArrayRecordWriter(str(root / f"data-{shard:05d}.array_record"), WRITER_OPTIONS)
             try:
                 for example in itertools.chain(first, itertools.islice(rows, shard_size - 1)):
                     writer.write(encode_example(example))

@@ -92,7 +92,8 @@ def decode_mask(file: Path | io.BytesIO) -> np.ndarray:
     return decode_image(file).mean(axis=-1) >= 127.5
 
 
-_DECODERS = {"image": decode_image, "segmentation": decode_map, "mask": decode_mask}
+DECODERS = {"image": decode_image, "segmentation": decode_map, "mask": decode_mask}
+"""Of the fields of an example that are pictures."""
 
 
 def decode_fields(example: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def decode_fields(example: dict[str, Any]) -> dict[str, Any]:
         any of `BROKEN`, also where a map has not the size of the picture.
     """
     decoded = dict(example)
-    for field, decode in _DECODERS.items():
+    for field, decode in DECODERS.items():
         if isinstance(example.get(field), bytes):
             decoded[field] = decode(io.BytesIO(example[field]))
         if field in example and decoded[field].shape[:2] != decoded["image"].shape[:2]:

@@ -69,7 +69,7 @@ class Derived(Layer):
 
     def __init__(self, below: Any, derive: Derive) -> None:
         super().__init__(below)
-        self.below, self.derive = below, derive
+        self.derive = derive
 
     def __getitem__(self, index: int) -> Example:
         return self.derive(self.below[index], 0, index)

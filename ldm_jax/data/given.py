@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.config import UserError
-from ldm_jax.data.decode import BROKEN, decode_image, decode_map, decode_mask
+from ldm_jax.data.decode import BROKEN, DECODERS
 from ldm_jax.data.transforms import fit
-
-_DECODERS = {"image": decode_image, "segmentation": decode_map, "mask": decode_mask}
 
 
 def read_picture(file: str, kind: str = "image") -> np.ndarray:
     """An `image` uint8 [H,W,3], a `segmentation` uint8 [H,W], or a `mask` bool [H,W], white in the hole. Raises UserError."""
     try:
-        return _DECODERS[kind](Path(file))
+        return DECODERS[kind](Path(file))
     except BROKEN as error:
         raise UserError(f"cannot read the picture {file}: {error}") from error
 

@@ -22,14 +22,13 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ldm_jax.config import UserError, commit, write_json
+from ldm_jax.data.array_record import READER_OPTIONS, WRITER_OPTIONS
 from ldm_jax.data.records import decode_example, encode_example
 
 FORMAT_VERSION = 1
 MARKER = "COMPLETE"
 HEADER = "cache.json"
 
-_WRITER_OPTIONS = "group_size:1,uncompressed"
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access: no reading ahead
 _READER_BUFFER = 1 << 12  # bytes; less than a record, so that a random read fetches its record alone
 
 
@@ -129,7 +128,7 @@ class CacheWriter:
         final = _shard_path(self.directory, shard, self.num_shards)
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         with _reporting_disk_errors(self.directory), _removed_on_error(temporary):
-            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+            writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
             added = 0
 
             def add(example: Mapping[str, Any]) -> None:
@@ -238,7 +237,7 @@ def _shard_path(directory: Path, shard: int, num_shards: int) -> Path:
 
 
 def _open(path: Path) -> ArrayRecordReader:
-    return ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
+    return ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
 
 
 def _count_records(path: Path) -> int:

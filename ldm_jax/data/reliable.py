@@ -14,24 +14,24 @@ class Layer:
     """A source over another, of which everything is asked that a subclass does not answer itself."""
 
     def __init__(self, below: Any) -> None:
-        self._below = below
+        self.below = below
 
     def __len__(self) -> int:
-        return len(self._below)
+        return len(self.below)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._below[index]
+        return self.below[index]
 
     def caption(self, index: int) -> Any:
         """The text of an example, str or list[str], without its picture where the source below can say it alone."""
-        return self._below.caption(index) if hasattr(self._below, "caption") else self._below[index]["text"]
+        return self.below.caption(index) if hasattr(self.below, "caption") else self.below[index]["text"]
 
     def name(self, index: int) -> str:
         """Where the example lies, for people."""
-        return self._below.name(index) if hasattr(self._below, "name") else f"example {index}"
+        return self.below.name(index) if hasattr(self.below, "name") else f"example {index}"
 
     def fingerprint(self) -> str:
-        return self._below.fingerprint()
+        return self.below.fingerprint()
 
 
 class Reliable(Layer):
@@ -62,7 +62,7 @@ class Reliable(Layer):
             self._logged = {int(column) for column in first_columns if column.isdigit()}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._first_good(index, self._below.__getitem__)
+        return self._first_good(index, self.below.__getitem__)
 
     def caption(self, index: int) -> Any:
         return self._first_good(index, super().caption)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ldm_jax.config import UserError
 
 
@@ -17,6 +19,12 @@ def find_files(path: str | Path, suffixes: tuple[str, ...], what: str) -> list[P
     if not files:
         raise UserError(f"data.path: no {what} ({', '.join(suffixes)}) in {str(path)!r}; give their folder, or a pattern of them")
     return files
+
+
+def place(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """The file that holds an example, and its number there; `ends` [files] counts the examples up to the end of each."""
+    file = int(np.searchsorted(ends, index, side="right"))
+    return file, index - (int(ends[file - 1]) if file else 0)
 
 
 def files_hash(files: list[Path], about: Any) -> str:

@@ -33,12 +33,12 @@ class Chosen(Layer):
             raise UserError(f"data.source: this source gives no {CALLED[missing[0]]}, which the conditioning needs")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self._below[index]
+        example = self.below[index]
         return {field: example[field] for field in self._fields}
 
     def fingerprint(self) -> str:
         """That of the source below, with the fields."""
-        return "-".join((self._below.fingerprint(), *self._fields[1:]))
+        return "-".join((self.below.fingerprint(), *self._fields[1:]))
 
 
 class Cropped(Layer):
@@ -49,11 +49,11 @@ class Cropped(Layer):
         self._resolution = resolution
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return center_crop_example(self._below[index], self._resolution)
+        return center_crop_example(self.below[index], self._resolution)
 
     def fingerprint(self) -> str:
         """That of the source below, with the resolution."""
-        return f"{self._below.fingerprint()}-{self._resolution}px"
+        return f"{self.below.fingerprint()}-{self._resolution}px"
 
 
 def _path(data: ConfigDict) -> str:

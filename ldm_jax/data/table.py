@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_jax.config import UserError
 from ldm_jax.data.reader import Reader, as_text, captions, check_complete, class_numbers
-from ldm_jax.data.shard_files import files_hash, find_files
+from ldm_jax.data.shard_files import files_hash, find_files, place
 from ldm_jax.data.table_files import TableFile, open_table
 
 _SUFFIXES = (".parquet", ".arrow")
@@ -74,8 +74,8 @@ class TableSource(Reader):
 
     def _place(self, index: int) -> tuple[TableFile, int]:
         """The table of a row and its number there."""
-        table = int(np.searchsorted(self._ends, index, side="right"))
-        return self._tables[table], index - (int(self._ends[table - 1]) if table else 0)
+        table, row = place(self._ends, index)
+        return self._tables[table], row
 
     def read(self, index: int, fields: Collection[str]) -> dict[str, Any]:
         table, row = self._place(index)

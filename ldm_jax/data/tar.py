@@ -9,7 +9,7 @@ import numpy as np
 
 from ldm_jax.config import UserError
 from ldm_jax.data.reader import CALLED, Reader, as_text, captions, check_complete
-from ldm_jax.data.shard_files import files_hash, find_files
+from ldm_jax.data.shard_files import files_hash, find_files, place
 from ldm_jax.data.tar_index import MEMBERS, json_fields, shard_index
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class TarSource(Reader):
         return content
 
     def _shard(self, index: int) -> Path:
-        return self.shards[int(np.searchsorted(self._ends, index, side="right"))]
+        return self.shards[place(self._ends, index)[0]]
 
     def name(self, index: int) -> str:
         """The shard and the example's name in it."""

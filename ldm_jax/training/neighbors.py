@@ -26,7 +26,6 @@ class Neighbored(Layer):
 
     def __init__(self, below: Source, group: ConfigDict, workdir: WorkDir) -> None:
         super().__init__(below)
-        self.below = below
         self._count, self._root, self._files = group.count, workdir.path / "neighbors", (group.queries, group.database)
         self._queries = read_embeddings(group.queries) if group.queries else None
         self._database = read_embeddings(group.database) if group.database else None
@@ -40,7 +39,7 @@ class Neighbored(Layer):
             raise UserError(f"conditioning.neighbors.count {self._count} is more than there are pictures to find")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self._below[index], "neighbors": self.database[self._table[index]].astype(np.float32)}
+        return {**self.below[index], "neighbors": self.database[self._table[index]].astype(np.float32)}
 
     @cached_property
     def database(self) -> np.ndarray:
@@ -57,7 +56,7 @@ class Neighbored(Layer):
         return self._kept(f"nearest-{self._count}", self._search)
 
     def _embed(self) -> np.ndarray:
-        return np.stack([mean_colors(self._below[i]["image"]) for i in tqdm(range(len(self)), desc="embeddings", mininterval=5)])
+        return np.stack([mean_colors(self.below[i]["image"]) for i in tqdm(range(len(self)), desc="embeddings", mininterval=5)])
 
     def _search(self) -> np.ndarray:
         own = np.arange(len(self)) if self._database is None else None
@@ -86,4 +85,4 @@ class Neighbored(Layer):
     def fingerprint(self) -> str:
         """That of the source below, with the files that are searched."""
         files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in self._files if path]
-        return cache_fingerprint(below=self._below.fingerprint(), files=files, count=self._count)
+        return cache_fingerprint(below=self.below.fingerprint(), files=files, count=self._count)

@@ -44,7 +44,7 @@ def shown(inputs: Mapping[str, Sequence[Any]], side: int) -> np.ndarray | None:
         small = [Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST) for picture in inputs["low_res"]]
         return np.stack([np.asarray(picture) for picture in small])
     if "segmentation" in inputs:
-        return np.stack([_PALETTE[classes] for classes in inputs["segmentation"]])
+        return np.stack([class_colors(classes) for classes in inputs["segmentation"]])
     if "boxes" in inputs:
         return np.stack([_frames(rows, side) for rows in inputs["boxes"]])
     return None
@@ -53,6 +53,11 @@ def shown(inputs: Mapping[str, Sequence[Any]], side: int) -> np.ndarray | None:
 # Neighbouring classes have hues a golden angle apart; 0 is black.
 _PALETTE = np.array([hsv_to_rgb(i * 0.618034 % 1, 0.75, min(i, 1) * (1 - i % 3 * 0.2)) for i in range(256)])
 _PALETTE = np.round(_PALETTE * 255).astype(np.uint8)
+
+
+def class_colors(labels: np.ndarray) -> np.ndarray:
+    """A colour for each class, uint8 [...,3] of whole numbers [...]."""
+    return _PALETTE[np.asarray(labels, int) % len(_PALETTE)]
 
 
 def _frames(rows: np.ndarray, side: int) -> np.ndarray:

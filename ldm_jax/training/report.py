@@ -11,15 +11,13 @@ from ml_collections import ConfigDict
 from ldm_jax import config as configs
 from ldm_jax.config import WorkDir
 from ldm_jax.data.derive import Derived
-from ldm_jax.data.pipeline import stack
-from ldm_jax.data.sources import make_source
 from ldm_jax.evaluation.comparison import Comparison, compare, format_comparison
 from ldm_jax.evaluation.obedience import bicubic, fresh_examples, scores, shuffled, total_variation
 from ldm_jax.evaluation.oracle import format_table, score_table
 from ldm_jax.evaluation.prompt_accuracy import choose_guidance, prompt_accuracy
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.model_directory import Params
-from ldm_jax.stages import FirstStage, to_uint8
+from ldm_jax.stages import FirstStage, pasted, to_uint8
 from ldm_jax.training.autoencoder import reconstructions
 from ldm_jax.training.neighbors import Neighbored
 
@@ -28,10 +26,9 @@ Example = dict[str, Any]
 
 def reconstruction_table(config: ConfigDict, stage: FirstStage, params: Params) -> dict[str, Any]:
     """The oracle's table on reconstructions of scenes that were not trained on."""
-    fresh = ConfigDict({**config.data.to_dict(), "seed": config.data.seed + 1_000_000, "size": config.evaluate.prompts})
-    source = make_source(fresh, ("text",), pairs="all")
-    examples = [source[i] for i in range(len(source))]
-    images = stack([{"image": e["image"]} for e in examples])["image"]
+    data = config.data
+    examples = fresh_examples(data.resolution, config.evaluate.prompts, data.counts, "all", data.seed + 1_000_000)
+    images = np.stack([e["image"] for e in examples])
     return score_table(reconstructions(stage, params, images), [e["text"] for e in examples])
 
 
@@ -110,4 +107,4 @@ def _pasted(images: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
     """Images with the examples' own pixels outside of their holes, where they have one."""
     if "mask" not in examples[0]:
         return images
-    return np.stack([np.where(e["mask"][..., None], image, e["image"]) for image, e in zip(images, examples, strict=True)])
+    return pasted(images, *(np.stack([example[name] for example in examples]) for name in ("image", "mask")))
