@@ -14,8 +14,7 @@ Presets:
   sd1         Stable Diffusion 1.x (860M, and CLIP ViT-L/14 as it is): updates of 2,048 images, 237,000 at 256 px and 194,000 at 512 px for
               v1-1, to which v1-2 adds 515,000 and v1-4 another 225,000; 150,000 A100 hours.
   sd2, sd2-v  Stable Diffusion 2.x (866M, OpenCLIP ViT-H/14), 512 px by eps or 768 px by v; its training is set as that of sd1.
-  sd1-inpainting  Stable Diffusion's inpainting model: sd1 that is given a picture with a hole besides. It samples and takes released
-              weights; training it needs masks, which are not here yet.
+  sd1-inpainting  Stable Diffusion's inpainting model: sd1 that is given a picture with a hole besides, drawn anew at every step.
 
 Below `gpu` they take captioned images, --config.data.path=DIR; a trained first stage is given by --config.first_stage.path. Those of Stable
 Diffusion start from converted weights, --config.train.init_from=DIR.
@@ -122,7 +121,8 @@ def sd1() -> ConfigDict:
 
 def sd1_inpainting() -> ConfigDict:
     config = sd1()
-    config.conditioning.mask.update(enabled=True, style="sd", shrink="nearest")
+    config.conditioning.mask.update(enabled=True, style="sd", shrink="nearest", holes="wide")
+    config.data.cache = False
     return config
 
 

@@ -49,16 +49,15 @@ def _draw(model: LatentDiffusion, *, prompts: list[str], guidance: float, seed: 
 
 
 def report(config: ConfigDict, workdir: WorkDir, model: LatentDiffusion, source: Any) -> None:
-    """Whether each condition is obeyed: `obedience.json`, and for a text `oracle.json` with the best guidance, which becomes the model's.
+    """Whether each condition is obeyed: `obedience.json`, after a text's `oracle.json` with the best guidance, which becomes the model's.
 
     `source` is the training's, for what is made of its examples.
     """
     conditions = [name for name in model.inputs if name != "image"]
     if "text" in conditions:
         report_prompts(config, workdir, model)
-    tables = {name: obedience(config, model, source, name) for name in conditions or [""] if name != "text"}
-    if tables:
-        configs.write_json(workdir.path / "obedience.json", tables)
+    tables = {name: obedience(config, model, source, name) for name in conditions or [""]}
+    configs.write_json(workdir.path / "obedience.json", tables)
     for name, comparisons in tables.items():
         for against, table in comparisons.items():
             print(f"{name or 'no condition'}, against {against}\n{format_comparison(table)}", flush=True)
@@ -67,7 +66,7 @@ def report(config: ConfigDict, workdir: WorkDir, model: LatentDiffusion, source:
 def obedience(config: ConfigDict, model: LatentDiffusion, source: Any, condition: str) -> dict[str, Comparison]:
     """Scenes drawn under their conditions, held against those drawn under the conditions of other scenes (and against simpler ways); the
     first stage's reconstructions of the scenes are the ceiling."""
-    examples = _examples(config, source)
+    examples = _examples(config, source, held_out=config.evaluate.held_out if condition == "text" else 0)
     images = np.stack([example["image"] for example in examples])
     reconstructed = np.asarray(to_uint8(jnp.asarray(model.decode(model.encode(images)))))
     score = partial(scores, condition, examples=examples)
@@ -84,10 +83,15 @@ def obedience(config: ConfigDict, model: LatentDiffusion, source: Any, condition
     return {name: compare(score(drawn), score(other), ceiling) for name, other in others.items()}
 
 
-def _examples(config: ConfigDict, source: Any) -> list[Example]:
-    """`evaluate.prompts` scenes that training has not seen, with what the training's source makes of its own."""
+def _examples(config: ConfigDict, source: Any, held_out: int) -> list[Example]:
+    """`evaluate.prompts` scenes that training has not seen, with what the training's source makes of its own.
+
+    After them come `held_out` of one object, of a pair of colour and shape that training has not seen either.
+    """
     data = config.data
     examples = fresh_examples(data.resolution, config.evaluate.prompts, data.counts, "seen")
+    if held_out and 1 in data.counts:
+        examples += fresh_examples(data.resolution, held_out, (1,), "held_out")
     below = source.below if isinstance(source, Neighbored) else source
     if isinstance(below, Derived):
         examples = [below.derive(example, config.seed, i) for i, example in enumerate(examples)]
