@@ -36,7 +36,9 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
 
 def shapes() -> ConfigDict:
-    return _alone(presets.shapes())
+    config = presets.shapes()
+    config.data.size = 60_000
+    return _alone(config)
 
 
 def paper(name: str) -> ConfigDict:

@@ -6,7 +6,8 @@ Presets:
   shapes      (default) drawn scenes of 64 px with holes; nothing to download, a few minutes.
   smoke       the same, every stage in a minute: a check and not a model.
   places-big  the released model (387M): FID 9.39 and LPIPS .246 where 40 to 50 % are missing, 1.50 and .137 over all, fine-tuned at 512 px
-              (table 7). Its rate is the released file's; batch and updates are those of `places`, its own are not published.
+              (table 7). Its rate is the released file's, without the schedule of factors there; batch and updates are those of
+              `places`, its own are not published.
   places      table 15's (215M): FID 11.87 and LPIPS .257, 2.15 and .144 (table 7, with attention in the first stage); 360,000 updates of
               128 images on eight V100.
 

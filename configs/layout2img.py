@@ -25,6 +25,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
 def shapes() -> ConfigDict:
     config = presets.shapes()
+    config.denoiser.places = True
     config.conditioning.boxes.update(enabled=True, max_objects=3, vocab_size=1024, width=128, depth=2, num_heads=4, head_dim=32)
     return config
 

@@ -38,6 +38,8 @@ def landscapes(resolution: int) -> ConfigDict:
     config.data.resolution = resolution
     config.denoiser.update(channels=128, channel_mult=(1, 4, 8), attention_levels=(), num_heads=8, head_channels=0, transformer_depth=0)
     config.conditioning.segmentation.update(enabled=True, num_classes=182, stages=2, channels=3)
+    if resolution == 512:
+        config.data.update(min_window=2 / 3, cache=False)
     batch = 48 if resolution == 256 else 8
     config.optimizer.update(learning_rate=1e-6 * batch)
     config.train.update(steps=360_000, batch_size=batch)

@@ -37,6 +37,7 @@ def times_four() -> ConfigDict:
     config = presets.paper("vq-f4", end=0.0155)
     config.denoiser.update(channels=160, channel_mult=(1, 2, 2, 4), attention_levels=(8,), head_channels=32, transformer_depth=0)
     config.conditioning.low_res.update(enabled=True)
+    config.data.update(min_window=0.5, cache=False)
     config.optimizer.update(learning_rate=6.4e-5)
     config.train.update(steps=860_000, batch_size=64)
     config.sample.update(steps=100)

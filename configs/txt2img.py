@@ -49,6 +49,8 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
 def shapes() -> ConfigDict:
     config = presets.shapes()
+    config.data.size = 60_000
+    config.train.steps = 8_000
     config.conditioning.text.update(enabled=True, vocab_size=512, max_length=24, width=128, depth=2, num_heads=4, head_dim=32)
     config.sample.prompts = PROMPTS
     config.evaluate.prompts = 500

@@ -34,7 +34,6 @@ def shapes() -> ConfigDict:
     config = presets.shapes()
     config.denoiser.transformer_depth = 0
     config.sample.guidance = 1.0
-    config.train.steps = 4_000
     return config
 
 

@@ -4,6 +4,7 @@ Reads what the training of that configuration would read, every picture once, an
 broken files by name. DIR gets `sample.png`, pictures as the training sees them, and `broken_images.txt`. Trains nothing.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,10 +108,28 @@ def _describe(found: "Survey", source: Any, config: "ConfigDict") -> list[str]:
     from ldm_jax.data.survey import describe
 
     lines = describe(found, config.data.resolution, getattr(source, "classes", ()), getattr(source, "box_classes", ()))
+    lines += _buckets(found, len(source), config)
     crowded = sum(number > config.conditioning.boxes.max_objects for number in found.boxes)
     if crowded:
         lines.append(f"boxes: {crowded:,} pictures have more than conditioning.boxes.max_objects, of which the largest are kept")
     return lines
+
+
+def _buckets(found: "Survey", total: int, config: "ConfigDict") -> list[str]:
+    """How many pictures go to each of `data.buckets`, and which of these would have too few, judged by those that were looked at."""
+    import numpy as np
+
+    from ldm_jax.config import bucket_sizes
+    from ldm_jax.data.buckets import arrange
+
+    if not config.data.buckets or not found.sizes:
+        return []
+    _, buckets = arrange(
+        np.array(found.sizes)[:, ::-1], bucket_sizes(config.data), math.ceil(config.train.batch_size * len(found.sizes) / total)
+    )
+    counts = ", ".join(f"{bucket.height}x{bucket.width} {bucket.number:,}" for bucket in buckets)
+    left_out = len(config.data.buckets) - len(buckets)
+    return [f"buckets (height x width): {counts}" + (f"; {left_out} with fewer than train.batch_size are left out" if left_out else "")]
 
 
 def _tokens(found: "Survey", config: "ConfigDict") -> list[str]:
@@ -144,14 +163,36 @@ def _broken(found: "Survey", source: Any, output: Path) -> list[str]:
 def _write_page(source: Any, found: "Survey", config: "ConfigDict", path: Path) -> None:
     import numpy as np
 
-    from ldm_jax.data.sources import Cropped
     from ldm_jax.training.preview import save_grid
 
     number = min(_PAGE, len(found.good))
     chosen = np.random.default_rng(config.seed).choice(found.good, number, replace=False).tolist()
-    examples = [Cropped(source, config.data.resolution)[index] for index in chosen]
+    examples = [_as_trained(source[index], config) for index in chosen]
     captions = [_caption(example, getattr(source, "classes", ())) for example in examples]
-    save_grid(path, np.stack([shown(example) for example in examples]), _COLUMNS, captions if any(captions) else None)
+    save_grid(path, _of_one_size([shown(example) for example in examples]), _COLUMNS, captions if any(captions) else None)
+
+
+def _as_trained(example: dict[str, Any], config: "ConfigDict") -> dict[str, Any]:
+    """The example cropped to the square, or to its bucket."""
+    import numpy as np
+
+    from ldm_jax.config import bucket_sizes
+    from ldm_jax.data.buckets import arrange
+    from ldm_jax.data.transforms import fit
+
+    size = (config.data.resolution,) * 2
+    if config.data.buckets:
+        size = arrange(np.array([example["image"].shape[:2]]), bucket_sizes(config.data), 1)[1][0][:2]
+    return fit(example, *size)
+
+
+def _of_one_size(pictures: Sequence["np.ndarray"]) -> "np.ndarray":
+    """Pictures uint8 [H,W,3] as [N,H,W,3], the smaller ones with white below and to the right."""
+    import numpy as np
+
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    padding = [((0, height - picture.shape[0]), (0, width - picture.shape[1]), (0, 0)) for picture in pictures]
+    return np.stack([np.pad(picture, pad, constant_values=255) for picture, pad in zip(pictures, padding, strict=True)])
 
 
 def _caption(example: dict[str, Any], classes: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -78,7 +79,13 @@ def override(config: ConfigDict, path: str, text: str) -> None:
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # what tuples that are empty by default hold, where it is not whole numbers
-_OF_EMPTY = {"sample.prompts": str, "sample.guidance_interval": float, "sample.churn_interval": float, "diffusion.betas": float}
+_OF_EMPTY = {
+    "data.buckets": str,
+    "sample.prompts": str,
+    "sample.guidance_interval": float,
+    "sample.churn_interval": float,
+    "diffusion.betas": float,
+}
 
 
 def _parse(path: str, text: str, old: Any) -> Any:
@@ -173,11 +180,17 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{prefix}optimizer.warmup ({group.optimizer.warmup}) is longer than {prefix}train.steps ({group.train.steps})")
     for name, fields in _POSITIVE.items():
         _check_positive(config[name], f"{name}.", fields)
+    _check_buckets(config)
     text = config.conditioning.text
-    _check_positive(text, "conditioning.text.", ("vocab_size", "max_length", "width", "depth", "num_heads", "head_dim"))
-    for name, share in {"conditioning.text.drop_rate": text.drop_rate, "denoiser.dropout": config.denoiser.dropout}.items():
+    for name, fields in _POSITIVE_CONDITIONING.items():
+        _check_positive(config.conditioning[name], f"conditioning.{name}.", fields)
+    shares = {f"conditioning.{name}.drop_rate": group.drop_rate for name, group in config.conditioning.items()}
+    for name, share in {**shares, "denoiser.dropout": config.denoiser.dropout}.items():
         if not 0 <= share <= 1:
             raise UserError(f"{name} is a share in [0, 1], not {share}")
+    neighbors = config.conditioning.neighbors
+    if neighbors.queries and (config.data.buckets or config.data.source == "shapes"):
+        raise UserError("conditioning.neighbors.queries are of files in their order: not for data.buckets, nor for drawn scenes")
     if text.enabled and text.frozen and not config.train.init_from:
         raise UserError("conditioning.text.frozen leaves the text encoder as it is: give its weights with train.init_from")
     scale = config.first_stage.latent_scale
@@ -189,10 +202,31 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"first_stage.codebook.ema is a decay in [0, 1), not {codebook.ema}")
     if not 0 <= codebook.beta < math.inf:
         raise UserError(f"first_stage.codebook.beta must be a finite number from 0 up, not {codebook.beta}")
+    if config.evaluate.prompts < 2:
+        raise UserError(f"evaluate.prompts must be at least 2, as scenes exchange their conditions, not {config.evaluate.prompts}")
     if not config.evaluate.guidance or config.evaluate.held_out < 0:
         raise UserError("evaluate.guidance needs at least one scale, and evaluate.held_out may not be negative")
     if config.task == "autoencoder" or not config.first_stage.path:
         check_resolution(config, latent_factor(config.first_stage))
+
+
+def bucket_sizes(data: ConfigDict) -> list[tuple[int, int]]:
+    """Height and width of each of `data.buckets`. Raises UserError."""
+    sizes = []
+    for text in data.buckets:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text) if isinstance(text, str) else None
+        if not match:
+            raise UserError(f"data.buckets are heights and widths in pixels, such as ('512x512', '448x576'), not {text!r}")
+        sizes.append((int(match[1]), int(match[2])))
+    return sizes
+
+
+def _check_buckets(config: ConfigDict) -> None:
+    data = config.data
+    if data.buckets and data.min_window:
+        raise UserError("data.buckets fits whole pictures, data.min_window takes square windows of them: give one of the two")
+    if data.buckets and config.task == "autoencoder":
+        raise UserError("data.buckets are sizes for the denoiser; an autoencoder learns from squares")
 
 
 def latent_factor(first_stage: ConfigDict) -> int:
@@ -203,8 +237,16 @@ def latent_factor(first_stage: ConfigDict) -> int:
 _POSITIVE = {
     "data": ("resolution", "size", "workers"),
     "sample": ("every", "steps", "batch_size"),
-    "evaluate": ("prompts", "guidance_prompts"),
+    "evaluate": ("guidance_prompts",),
     "checkpoint": ("every", "keep"),
+}
+
+
+_POSITIVE_CONDITIONING = {
+    "text": ("vocab_size", "max_length", "width", "depth", "num_heads", "head_dim"),
+    "label": ("num_classes", "width"),
+    "boxes": ("max_objects", "vocab_size", "width", "depth", "num_heads", "head_dim"),
+    "neighbors": ("count", "width"),
 }
 
 
@@ -216,11 +258,14 @@ def _check_positive(group: ConfigDict, prefix: str, names: Sequence[str]) -> Non
 
 def check_resolution(config: ConfigDict, factor: int) -> None:
     """Raises UserError where the pictures do not go through an autoencoder of this factor, or its latents through the denoiser."""
-    if config.data.resolution % factor:
-        raise UserError(f"data.resolution {config.data.resolution} is not divisible by the autoencoder's factor {factor}")
-    size, halvings = config.data.resolution // factor, len(config.denoiser.channel_mult) - 1
-    if config.task == "diffusion" and size % 2**halvings:
-        raise UserError(f"latents of {size}x{size} cannot be halved {halvings} times by the denoiser; change data.resolution")
+    halvings = len(config.denoiser.channel_mult) - 1
+    named = {"data.resolution": (config.data.resolution,), **{f"data.buckets: {h}x{w}": (h, w) for h, w in bucket_sizes(config.data)}}
+    for name, sides in named.items():
+        for side in sides:
+            if side % factor:
+                raise UserError(f"{name}: {side} pixels are not divisible by the autoencoder's factor {factor}")
+            if config.task == "diffusion" and side // factor % 2**halvings:
+                raise UserError(f"{name}: a side of {side // factor} latents cannot be halved {halvings} times by the denoiser")
 
 
 def _is_positive_number(text: str) -> bool:
@@ -231,6 +276,7 @@ def first_stage_run(config: ConfigDict) -> ConfigDict:
     """The configuration of the first stage's own run, as a diffusion run starts it: its `train`, `optimizer` and `ema` move to the top."""
     run = ConfigDict(config.to_dict())
     run.task = "autoencoder"
+    run.data.buckets = ()
     for name in ("train", "optimizer", "ema"):
         run[name] = ConfigDict(config.first_stage[name].to_dict())
     return run.lock()
@@ -314,7 +360,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     if "://" in str(path):  # object storage: a write is atomic, and there is no rename
         path.write_bytes(data)
         return
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+    temporary = Path(f"{path}.tmp{uuid4().hex}")
     try:
         temporary.write_bytes(data)
         commit(temporary, path)
@@ -348,12 +394,16 @@ class WorkDir:
             raise UserError(f"{self.config} holds no configuration of a run: {self.path} is no work directory")
         return content["config"]
 
+    def check(self, config: ConfigDict) -> None:
+        """Raises UserError where the directory belongs to another run."""
+        if self.config.exists():
+            check_same_run(self.stored(), config, str(self.path))
+
     def claim(self, config: ConfigDict, command: list[str], versions: dict[str, str]) -> None:
         """Creates the directory and its config.json, or checks that it belongs to the same run. Raises UserError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the work directory {self.path}: {error.strerror or error}") from error
-        if self.config.exists():
-            check_same_run(self.stored(), config, str(self.path))
+        self.check(config)
         write_json(self.config, {"config": flat(config), "command": command, "versions": versions})

@@ -102,6 +102,7 @@ def base() -> ConfigDict:
                 "mask_key": "mask",
                 "max_broken": 0.001,  # share of the pictures that may be broken, and replaced by the next good one; more stop the run
                 "resolution": 64,  # pixels, square
+                "buckets": (),  # heights and widths, ("64x64", "48x80"): pictures keep their shape as nearly as these have it
                 "min_window": 0.0,  # pictures are random square windows of at least this share of the short side; 0: the central square
                 "flip": False,  # random horizontal mirroring (captions that speak of left and right become wrong)
                 "size": 40_000,  # shapes: scenes
@@ -124,6 +125,7 @@ def base() -> ConfigDict:
                 "transformer_depth": 1,
                 "scale_shift": False,
                 "resblock_updown": False,
+                "places": False,  # fixed features of each place, so that a small network learns sooner to paint where it is told
                 "vector_layers": 1,  # dense layers for conditions of the kind "vector": 0, 1 or 2
                 "norm_groups": 0,  # of every norm; 0: 32, or fewer in narrow networks
                 # of a dit

@@ -127,9 +127,9 @@ class LatentDiffusion:
     def _decode(self) -> Any:
         return jax.jit(self.first_stage.decode, static_argnames="tiles")
 
-    def prepare(self, batch: Mapping[str, Any]) -> Arrays:
+    def prepare(self, batch: Mapping[str, Any], tiles: Tiles | None = None) -> Arrays:
         """A batch's raw fields as the conditioners' arrays; see `stages.prepare`."""
-        return prepare(self.first_stage, self._needs_denoiser().conditioning, self.params, batch)
+        return prepare(self.first_stage, self._needs_denoiser().conditioning, self.params, batch, tiles)
 
     def condition(self, batch: Mapping[str, Any]) -> Arrays:
         """A batch's raw fields to the denoiser's conditioning."""
@@ -183,11 +183,12 @@ class LatentDiffusion:
           weak: a weaker model of the same latents and conditions, which guidance moves away from instead (autoguidance).
           size: (H, W) of the images, by default that of the inputs that are pictures, or the training resolution; larger ones are drawn
             as one (convolutional sampling, section 4.3.2), or
-          tile: in overlapping windows of so many pixels, blended at every step, and decoded in windows too;
-          decode_tile: in windows of so many pixels when they are decoded alone;
+          tile: in overlapping windows of so many pixels, blended at every step, and encoded and decoded in windows too;
+          decode_tile: in windows of so many pixels when they are encoded and decoded alone;
           tile_passes: see `sampling.Tiles`, 1 by default.
           **inputs: what the model's conditioners take, by their names, one an image: `label`, `boxes`, `segmentation`, `low_res`,
-            `neighbors`; an inpainting model takes `image` and `mask`, and what is outside of the hole comes back as it was.
+            `neighbors`; `boxes` may come with `crop`, x0, y0, x1, y1 of the part of the whole that is drawn; an inpainting model
+            takes `image` and `mask`, and what is outside of the hole comes back as it was.
 
         Image i depends on (seed, i, its inputs) alone, not on the batch it is drawn in.
 
@@ -247,7 +248,7 @@ class LatentDiffusion:
         drawn = []
         for start in range(0, total, size):
             index = np.minimum(np.arange(start, start + size), total - 1)  # the last batch is filled up, so that one program serves all
-            arrays = self.prepare({name: [values[i] for i in index] for name, values in given.items()})
+            arrays = self.prepare({name: [values[i] for i in index] for name, values in given.items()}, sampling.decode_tiles)
             null = None
             if asked.weak is None and guides and not is_plain(sampling, scale):
                 null = denoiser.conditioning.unconditional(arrays)
@@ -262,7 +263,7 @@ class LatentDiffusion:
     def _size(self, asked: Sequence[int] | None, init_images: np.ndarray | None, given: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
         """(H, W) of the images that are drawn. Raises UserError."""
         factor, network = self.first_stage.network.factor, self._needs_denoiser().network
-        pictures = {name: np.shape(given[name][0])[:2] for name in ("segmentation", "image") if name in given}
+        pictures = {name: np.shape(given[name][0])[:2] for name in ("segmentation", "image", "mask") if name in given}
         if init_images is not None:
             pictures["init_images"] = np.shape(init_images)[1:3]
         if "low_res" in given:
@@ -280,7 +281,8 @@ class LatentDiffusion:
         """What is given for each of `total` images of a size in pixels, but for conditions: a function of their indices."""
         shape = self._latent_shape(size)
         seed = self.info["sample"]["seed"] if asked.seed is None else asked.seed
-        pictures = None if asked.init_images is None else self._init_latents(asked.init_images, total, size)
+        tiles = {"tile": asked.decode_tile or asked.tile, "tile_passes": 1 if asked.tile_passes is None else asked.tile_passes}
+        pictures = None if asked.init_images is None else self._init_latents(asked.init_images, total, size, **tiles)
         holes = None if asked.holes is None else self._holes(asked.holes, total, size)
         if asked.noise is not None and asked.noise.shape != (total, *shape):
             raise UserError(f"noise must be {[total, *shape]}, not {list(asked.noise.shape)}")
@@ -317,11 +319,11 @@ class LatentDiffusion:
             raise UserError("the weak model has another diffusion process or prediction than this one")
         return ours
 
-    def _init_latents(self, images: np.ndarray, total: int, size: tuple[int, int]) -> np.ndarray:
-        """Scaled latents [total,h,w,c] of pictures to start from."""
-        if images.ndim != 4 or images.shape[1:] != (*size, 3) or len(images) not in (1, total):
-            raise UserError(f"init_images must be [1 or {total},{size[0]},{size[1]},3], not {list(images.shape)}")
-        latents = self.encode(images)
+    def _init_latents(self, images: np.ndarray, total: int, size: tuple[int, int], **tiles: Any) -> np.ndarray:
+        """Scaled latents [total,h,w,c] of pictures to start from; `tiles` are as for `encode`."""
+        if images.ndim != 4 or images.shape[1:] != (*size, 3) or len(images) not in (1, total) or images.dtype != np.uint8:
+            raise UserError(f"init_images must be uint8 [1 or {total},{size[0]},{size[1]},3], not {images.dtype} {list(images.shape)}")
+        latents = self.encode(images, **tiles)
         return latents if len(latents) == total else np.repeat(latents, total, axis=0)
 
     def _holes(self, holes: np.ndarray, total: int, size: tuple[int, int]) -> np.ndarray:
@@ -334,7 +336,7 @@ class LatentDiffusion:
     def _inputs(self, inputs: dict[str, Any], num: int | None, negative: str | None) -> tuple[dict[str, Sequence[Any]], int]:
         """What each conditioner is given, one for each image, and the number of images."""
         wanted = list(self.inputs)
-        unknown = sorted({*inputs, *(["text"] if negative is not None else [])} - set(wanted))
+        unknown = sorted({*inputs, *(["text"] if negative is not None else [])} - {*wanted, *self._needs_denoiser().conditioning.optional})
         if unknown:
             raise UserError(f"this model takes no {', '.join(unknown)}" + (f": it is given {', '.join(wanted)}" if wanted else ""))
         if isinstance(inputs.get("text"), str):
@@ -343,6 +345,8 @@ class LatentDiffusion:
             inputs = {**inputs, "text": [""]}
         if missing := [name for name in wanted if name not in inputs]:
             raise UserError(f"this model needs {', '.join(f'{name}=[...]' for name in missing)}, one for each image")
+        if single := [name for name, values in inputs.items() if not hasattr(values, "__len__")]:
+            raise UserError(f"{single[0]} must be a list, one for each image, not {inputs[single[0]]!r}")
         total = num or max((len(values) for values in inputs.values()), default=1)
         for name, values in inputs.items():
             if len(values) not in (1, total):

@@ -6,7 +6,7 @@ python -m ldm_jax.neighbors --database FILE.npy --queries FILE.npy|PICTURE... --
 from pathlib import Path
 
 from ldm_jax import cli
-from ldm_jax.config import UserError, write_bytes
+from ldm_jax.config import UserError
 
 
 def parser() -> cli.Parser:
@@ -21,26 +21,25 @@ def parser() -> cli.Parser:
 def main() -> int:
     args = parser().parse_args()
     cli.start()
-    import io
-
     import numpy as np
 
     from ldm_jax.data.embeddings import mean_colors, read_embeddings
     from ldm_jax.data.given import read_picture
+    from ldm_jax.data.kept import write_array
+    from ldm_jax.data.transforms import center_crop
     from ldm_jax.nearest import nearest
 
     database = read_embeddings(args.database)
     if len(args.queries) == 1 and args.queries[0].endswith((".npy", ".npz")):
         queries = read_embeddings(args.queries[0])
     else:
-        queries = np.stack([mean_colors(read_picture(file)) for file in args.queries])
+        pictures = [read_picture(file) for file in args.queries]
+        queries = np.stack([mean_colors(center_crop(picture, min(picture.shape[:2]))) for picture in pictures])
     try:
         found = np.asarray(database)[nearest(queries, database, args.count)].astype(np.float32)
     except ValueError as error:
         raise UserError(str(error)) from error
-    buffer = io.BytesIO()
-    np.save(buffer, found)
-    write_bytes(Path(args.output), buffer.getvalue())
+    write_array(Path(args.output), found)
     print(f"{found.shape[0]} x {found.shape[1]} neighbours: {args.output}")
     return cli.OK
 

@@ -25,7 +25,8 @@ def parser() -> cli.Parser:
     told.add_argument("--prompts-file", help="a text file with a prompt a line, one image each")
     told.add_argument("--negative", help="a text to move away from")
     told.add_argument("--label", "--class", type=int, nargs="+", metavar="CLASS", help="classes, from 0")
-    told.add_argument("--boxes", nargs="+", metavar="FILE", help='JSON: [{"class": 3, "box": [x0, y0, x1, y1]}, ...], in shares')
+    told.add_argument("--boxes", nargs="+", metavar="FILE", help='JSON: [{"class": 8, "box": [x0, y0, x1, y1]}, ...], in shares')
+    told.add_argument("--crop", nargs=4, type=float, metavar=("X0", "Y0", "X1", "Y1"), help="the part of the whole that --boxes are in")
     told.add_argument("--segmentation", nargs="+", metavar="PICTURE", help="maps of classes: palette or gray values are their numbers")
     told.add_argument("--image", nargs="+", metavar="PICTURE", help="pictures to enlarge, or whose holes (--mask) are filled")
     told.add_argument("--mask", nargs="+", metavar="PICTURE", help="white where --image is painted anew, black where it stays")
@@ -34,9 +35,11 @@ def parser() -> cli.Parser:
     p.add_argument("--steps", type=int)
     p.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: as in training)")
     p.add_argument("--tile", type=int, metavar="PIXELS", help="draw and decode large pictures in overlapping windows, blended")
-    p.add_argument("--decode-tile", type=int, metavar="PIXELS", help="decode them so, but draw them as one")
+    p.add_argument("--decode-tile", type=int, metavar="PIXELS", help="encode and decode them so, but draw them as one")
     p.add_argument(
-        "--tile-passes", type=int, help="0: decoded windows are independent; 1 (default) or more: statistics of the whole picture"
+        "--tile-passes",
+        type=int,
+        help="0: the autoencoder's windows are independent; 1 (default) or more: statistics of the whole picture",
     )
     p.add_argument("--guidance", type=float, nargs="+", help="scale, 1 is none; one number, or one for each image")
     p.add_argument("--guidance-kind", choices=("cfg", "cfg++", "apg"))
@@ -80,13 +83,14 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str] | None:
 
 def flag(name: str) -> str:
     """The flag that gives an input of a model."""
-    return {"text": "--prompt", "low_res": "--image"}.get(name, f"--{name}")
+    return {"text": "--prompt", "low_res": "--image", "label": "--class"}.get(name, f"--{name}")
 
 
 def check_inputs(takes: Sequence[str], given: Collection[str]) -> None:
     """Raises UserError where a model that takes these inputs is given flags for others, or lacks one; a text may be left out."""
     known = [flag(name) for name in takes]
-    if unknown := [name for name in given if name not in known]:
+    besides = {"--negative": "--prompt", "--crop": "--boxes"}
+    if unknown := [name for name in given if besides.get(name, name) not in known]:
         raise UserError(f"this model takes no {', '.join(unknown)}: it takes {', '.join(known) or '--num alone'}")
     if missing := [name for name in known if name not in (*given, "--prompt")]:
         raise UserError(f"this model needs {', '.join(missing)}: one for every image, or one for each")
@@ -99,13 +103,16 @@ def read_inputs(args: Any, prompts: list[str] | None, takes: Sequence[str], size
     """
     from ldm_jax.data.given import fitted, read_boxes, read_neighbors, read_picture
 
-    names = [name for name in ("label", "boxes", "segmentation", "image", "mask", "neighbors") if getattr(args, name) is not None]
-    check_inputs(takes, [*(["--prompt"] if prompts or args.negative is not None else []), *(flag(name) for name in names)])
+    names = ("negative", "label", "boxes", "crop", "segmentation", "image", "mask", "neighbors")
+    given = [flag(name) for name in names if getattr(args, name) is not None]
+    check_inputs(takes, [*(["--prompt"] if prompts else []), *given])
     inputs: dict[str, list[Any]] = {} if prompts is None else {"text": prompts}
     if args.label is not None:
         inputs["label"] = args.label
     if args.boxes:
         inputs["boxes"] = [read_boxes(file) for file in args.boxes]
+    if args.crop:
+        inputs["crop"] = [args.crop]
     if args.neighbors:
         inputs["neighbors"] = read_neighbors(args.neighbors)
     if "low_res" in takes and args.image:

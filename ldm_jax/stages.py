@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.conditioning.conditioner import Arrays, Conditioning
-from ldm_jax.conditioning.conditioners import MaskConditioner
+from ldm_jax.conditioning.conditioners import MaskConditioner, array_of
 from ldm_jax.config import UserError
 from ldm_jax.diffusion.guidance import autoguided, guided
 from ldm_jax.diffusion.process import PROCESSES, DiscreteProcess, Process, expand, make_process
@@ -69,7 +69,9 @@ class FirstStage:
         """Scaled latents [B,h,w,c] of raw moments: the mode, or a sample where a key is given."""
         return self.scaled(self.network.sample(moments, key))
 
-    def masked(self, params: Params, images: jax.Array, holes: jax.Array, conditioner: MaskConditioner) -> jax.Array:
+    def masked(
+        self, params: Params, images: jax.Array, holes: jax.Array, conditioner: MaskConditioner, tiles: Tiles | None = None
+    ) -> jax.Array:
         """What the denoiser is told of pictures with holes; what was in a hole is not looked at (section 4.5).
 
         Args:
@@ -79,7 +81,7 @@ class FirstStage:
         Returns [B,h,w,c+1]: the scaled latents of the pictures with empty holes, and the holes at their size, 1 and -1.
         """
         factor, empty = self.network.factor, 0.0 if conditioner.style == "sd" else -1.0
-        latents = self.latents(self.moments(params, jnp.where(holes[..., None], jnp.asarray(empty, images.dtype), images)))
+        latents = self.latents(self.moments(params, jnp.where(holes[..., None], jnp.asarray(empty, images.dtype), images), tiles))
         small = any_hole(holes, factor) if conditioner.shrink == "any" else holes[:, ::factor, ::factor]
         return jnp.concatenate([latents, jnp.where(small[..., None], 1.0, -1.0).astype(latents.dtype)], axis=-1)
 
@@ -186,21 +188,27 @@ def _windowed(denoise: Any, tiles: Tiles | None) -> Any:
 generate_jit = jax.jit(generate, static_argnums=(0, 1, 2, 3))
 
 
-def masked(first_stage: FirstStage, conditioner: MaskConditioner, params: Params, images: jax.Array, holes: jax.Array) -> jax.Array:
-    """`FirstStage.masked` of uint8 images. Pure; the first two arguments are static."""
-    return first_stage.masked(params["first_stage"], to_float(images), holes, conditioner)
+def masked(
+    first_stage: FirstStage, conditioner: MaskConditioner, tiles: Tiles | None, params: Params, images: jax.Array, holes: jax.Array
+) -> jax.Array:
+    """`FirstStage.masked` of uint8 images. Pure; the first three arguments are static."""
+    return first_stage.masked(params["first_stage"], to_float(images), holes, conditioner, tiles)
 
 
-masked_jit = jax.jit(masked, static_argnums=(0, 1))
+masked_jit = jax.jit(masked, static_argnums=(0, 1, 2))
 
 
-def prepare(first_stage: FirstStage, conditioning: Conditioning, params: Params, batch: Mapping[str, Any]) -> Arrays:
+def prepare(
+    first_stage: FirstStage, conditioning: Conditioning, params: Params, batch: Mapping[str, Any], tiles: Tiles | None = None
+) -> Arrays:
     """A batch's raw fields (`text`: list of str, ...) as the conditioners' arrays; an `image` uint8 [B,H,W,3] with a hole, `mask` [B,H,W]
-    of 1 in the hole and 0 outside, is encoded. Raises UserError."""
+    of 1 in the hole and 0 outside, is encoded, in windows where there are some. Raises UserError."""
     fields = dict(batch)
     for c in conditioning.conditioners:
         if isinstance(c, MaskConditioner):
-            fields["mask"] = masked_jit(first_stage, c, params, np.stack(fields["image"]), np.stack(fields["mask"]) > 0)
+            images = array_of("image", fields["image"], ("H", "W", 3), np.uint8)
+            holes = array_of("mask", fields["mask"], ("H", "W"), np.float32)
+            fields["mask"] = masked_jit(first_stage, c, tiles, params, images, holes > 0)
     return conditioning.prepare(fields)
 
 

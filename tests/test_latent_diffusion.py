@@ -16,6 +16,7 @@ from ldm_jax.conditioning.conditioners import MaskConditioner
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, initial_noise, sample
 from ldm_jax.latent_diffusion import LatentDiffusion, load_model
+from ldm_jax.sampling import make_tiles
 from ldm_jax.stages import masked_jit, to_uint8
 from ldm_jax.training import state as states
 from ldm_jax.training.checkpoints import Checkpoints
@@ -298,7 +299,7 @@ def test_pictures_with_holes(model: LatentDiffusion, style: Any, empty: float, s
     holes = np.zeros((2, size, size), bool)
     holes[0, 1] = True
     conditioner = MaskConditioner(size // stage.network.factor, 0, style, shrink, 0.0)
-    both = np.asarray(masked_jit(stage, conditioner, model.params, images, holes))
+    both = np.asarray(masked_jit(stage, conditioner, None, model.params, images, holes))
     assert both.shape == (2, *model.latent_shape[:2], model.latent_shape[2] + 1) and both.dtype == np.float32
     expected = -np.ones(both.shape[:3])
     expected[0, :rows] = 1
@@ -306,8 +307,10 @@ def test_pictures_with_holes(model: LatentDiffusion, style: Any, empty: float, s
     floats = images / 127.5 - 1.0
     floats[0, 1] = empty / 127.5 - 1.0
     np.testing.assert_allclose(both[..., :-1], model.encode(floats.astype(np.float32)), rtol=1e-4, atol=1e-5)
+    in_windows = masked_jit(stage, conditioner, make_tiles(size, stage.network.factor), model.params, images, holes)
+    np.testing.assert_allclose(in_windows, both, atol=1e-4)
     images[0, 1] = 255 - images[0, 1]
-    np.testing.assert_array_equal(both, masked_jit(stage, conditioner, model.params, images, holes))
+    np.testing.assert_array_equal(both, masked_jit(stage, conditioner, None, model.params, images, holes))
 
 
 def test_guidance_of_one_runs_a_batch_that_is_not_doubled(model: LatentDiffusion) -> None:
@@ -371,6 +374,8 @@ def test_large_pictures_in_tiles(model: LatentDiffusion) -> None:
     wide: dict[str, Any] = {"prompts": PROMPTS[:2], "steps": 2, "size": (side, 2 * side), "seed": 5}
     whole = model.sample(**wide)
     assert near(whole, model.sample(**wide, tile=2 * side))
+    started = [model.sample(**wide, init_images=whole, strength=0.5, decode_tile=tile) for tile in (None, 2 * side)]
+    assert near(*started)
     tiled, decoded = model.sample(**wide, tile=side), model.sample(**wide, decode_tile=side, tile_passes=3)
     assert tiled.shape == whole.shape and not near(tiled, whole)
     assert psnr(decoded, whole) > 30

@@ -69,6 +69,15 @@ class Conditioning:
             raise UserError(f"the data gives no {', '.join(missing)}, which conditioning.{missing[0]} needs")
         return {k: v for c in chosen for k, v in c.prepare(batch).items()}
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """What may be given besides: which part of the picture that boxes are shares of is to be drawn."""
+        return ("crop",) if "boxes" in self.names else ()
+
+    def replaced(self, conditioner: Conditioner) -> "Conditioning":
+        """The same with another conditioner in the place of the one of its name."""
+        return Conditioning(tuple(conditioner if c.name == conditioner.name else c for c in self.conditioners))
+
     def null(self, n: int) -> Arrays:
         return {k: v for c in self.conditioners for k, v in c.null(n).items()}
 

@@ -21,7 +21,7 @@ from ldm_jax.nn.text_encoder import TextTransformer
 _NO_CLASS = 255  # of a semantic map: a pixel that no channel of the one-hot map stands for
 
 
-def _array(name: str, values: Any, shape: tuple[int | str, ...], dtype: Any) -> np.ndarray:
+def array_of(name: str, values: Any, shape: tuple[int | str, ...], dtype: Any) -> np.ndarray:
     """An array for each example as one [B, *shape], where a length with a name is any that all have. Raises UserError for other shapes, and
     for what a whole number cannot be."""
     what = f"{name} must be [{', '.join(map(str, shape))}] for each image" if shape else f"{name} must be one number for each image"
@@ -84,6 +84,30 @@ class TextConditioner:
         return {"crossattn": self.network.apply({"params": params}, arrays["tokens"], *mask)}
 
 
+@dataclass(frozen=True, eq=False)
+class EmbeddedTextConditioner:
+    """Captions that a frozen text encoder has read before. A batch's `embeddings` [B,L,width]; gives them as "crossattn".
+
+    `empty` [1,L,width] is what the encoder makes of the empty caption.
+    """
+
+    empty: np.ndarray
+    drop_rate: float
+    name: str = "text"
+
+    def prepare(self, batch: Mapping[str, Any]) -> Arrays:
+        return {"embeddings": np.stack(batch["embeddings"])}
+
+    def null(self, n: int) -> Arrays:
+        return {"embeddings": np.repeat(self.empty, n, axis=0)}
+
+    def init(self, key: jax.Array) -> Params:
+        return {}
+
+    def apply(self, params: Params, arrays: Arrays) -> Arrays:
+        return {"crossattn": arrays["embeddings"]}
+
+
 @dataclass(frozen=True)
 class LabelConditioner:
     """Classes through a table. A batch's `label` int [B]; gives "crossattn" [B,1,width], or "vector" [B,width].
@@ -102,7 +126,7 @@ class LabelConditioner:
     name: str = "label"
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        label = _array("labels", batch["label"], (), np.int32)
+        label = array_of("labels", batch["label"], (), np.int32)
         if label.size and not 0 <= label.min() <= label.max() < self.num_classes:
             raise UserError(f"labels must lie in [0, {self.num_classes}), not {label.min()} to {label.max()}")
         return {"label": label}
@@ -140,7 +164,7 @@ class BoxesConditioner:
         return math.isqrt(self.network.vocab_size - 1)
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        crops = _array("crop", batch.get("crop", [_WHOLE] * len(batch["boxes"])), (4,), np.float64)
+        crops = array_of("crop", batch.get("crop", [_WHOLE] * len(batch["boxes"])), (4,), np.float64)
         return {"box_tokens": np.stack([self._tokens(boxes, crop) for boxes, crop in zip(batch["boxes"], crops, strict=True)])}
 
     def null(self, n: int) -> Arrays:
@@ -210,7 +234,7 @@ class SegmentationConditioner:
     name: str = "segmentation"
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        maps = _array("segmentation", batch["segmentation"], ("H", "W"), np.uint8)
+        maps = array_of("segmentation", batch["segmentation"], ("H", "W"), np.uint8)
         if ((maps >= self.num_classes) & (maps != _NO_CLASS)).any():
             raise UserError(f"classes of a segmentation must lie in [0, {self.num_classes}), or be {_NO_CLASS} for none")
         return {"segmentation": maps}
@@ -236,7 +260,7 @@ class LowResConditioner:
     name: str = "low_res"
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        return {"low_res": _array("low_res", batch["low_res"], ("h", "w", 3), np.uint8)}
+        return {"low_res": array_of("low_res", batch["low_res"], ("h", "w", 3), np.uint8)}
 
     def null(self, n: int) -> Arrays:
         return {"low_res": np.full((n, self.size, self.size, 3), 127, np.uint8)}
@@ -266,7 +290,7 @@ class MaskConditioner:
     name: str = "mask"
 
     def prepare(self, batch: Mapping[str, Any]) -> Arrays:
-        return {"mask": _array("mask", batch["mask"], ("h", "w", self.channels + 1), np.float32)}
+        return {"mask": array_of("mask", batch["mask"], ("h", "w", self.channels + 1), np.float32)}
 
     def null(self, n: int) -> Arrays:
         return {"mask": np.ones((n, self.size, self.size, self.channels + 1), np.float32)}
@@ -298,7 +322,7 @@ class NeighborsConditioner:
         if len(counts) != 1 or not 1 <= counts[0] <= self.count:
             given = " and ".join(map(str, counts))
             raise UserError(f"neighbors must be 1 to {self.count} embeddings for each image, as many for all, not {given}")
-        return {"neighbors": _array("neighbors", batch["neighbors"], (counts[0], self.width), np.float32)}
+        return {"neighbors": array_of("neighbors", batch["neighbors"], (counts[0], self.width), np.float32)}
 
     def null(self, n: int) -> Arrays:
         return {"neighbors": np.zeros((n, self.count, self.width), np.float32)}

@@ -25,6 +25,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = {_UPRIGHT[value] for value in (5, 6, 7, 8)}
 _SCALED = {"L;2": 85, "L;4": 17}  # what Pillow multiplies gray values of 2 and 4 bits with
 
 
@@ -58,13 +59,24 @@ def _open(file: Path | io.BytesIO) -> Image.Image:
         raise OSError("it is not a picture, or of a kind that is not known" if size else "it is empty") from error
 
 
+def image_size(file: Path | io.BytesIO) -> tuple[int, int]:
+    """(height, width) of what `decode_image` would give, by the head of the file alone. Raises any of `BROKEN`."""
+    with _open(file) as opened:
+        width, height = opened.size
+        return (width, height) if _turn(opened) in _ON_ITS_SIDE else (height, width)
+
+
 def _upright(picture: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF tag says; one whose EXIF data make no sense is as good as one without."""
-    try:
-        turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
-    except (*BROKEN, LookupError, TypeError, ArithmeticError):
-        turn = None
+    turn = _turn(picture)
     return picture if turn is None else picture.transpose(turn)
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """What sets a picture upright, as its EXIF tag says; one whose EXIF data make no sense is as good as one without."""
+    try:
+        return _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
+    except (*BROKEN, LookupError, TypeError, ArithmeticError):
+        return None
 
 
 def decode_map(file: Path | io.BytesIO) -> np.ndarray:
@@ -106,6 +118,8 @@ def decode_fields(example: dict[str, Any]) -> dict[str, Any]:
     for field, decode in DECODERS.items():
         if isinstance(example.get(field), bytes):
             decoded[field] = decode(io.BytesIO(example[field]))
+        if field in example and not isinstance(decoded[field], np.ndarray):
+            raise ValueError(f"its {field} is no picture but {type(decoded[field]).__name__}")
         if field in example and decoded[field].shape[:2] != decoded["image"].shape[:2]:
             (height, width), (rows, columns) = decoded["image"].shape[:2], decoded[field].shape[:2]
             raise ValueError(f"its {field} has {columns}x{rows} pixels, the picture {width}x{height}")

@@ -88,11 +88,11 @@ def derived(source: Any, data: ConfigDict, conditioning: ConfigDict | None = Non
 
 
 def one_caption(example: Example, seed: int, position: int) -> Example:
-    """The example with one of its captions, where it has several."""
+    """The example with one of its captions, and of its captions' `embeddings`, where it has several."""
     if not isinstance(example.get("text"), list):
         return example
     chosen = stream("caption", seed, position).integers(len(example["text"]))
-    return {**example, "text": example["text"][chosen]}
+    return {**example, **{name: example[name][chosen] for name in ("text", "embeddings") if name in example}}
 
 
 def stream(name: str, seed: int, position: int) -> np.random.Generator:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm_jax.config import UserError
 from ldm_jax.data.boxes import read_coco
-from ldm_jax.data.decode import IMAGE_SUFFIXES
+from ldm_jax.data.decode import IMAGE_SUFFIXES, image_size
 from ldm_jax.data.metadata import Metadata, read_metadata
 from ldm_jax.data.reader import Reader, as_text, captions, check_complete, class_numbers
 
@@ -105,6 +105,9 @@ class FolderSource(Reader):
                 example[field] = (self.root / value).read_bytes() if field in MAPS else value
         return example
 
+    def size(self, index: int) -> tuple[int, int]:
+        return image_size(self.root / self.names[index])
+
     def name(self, index: int) -> str:
         """The picture's path relative to the folder."""
         return self.names[index]
@@ -131,6 +134,6 @@ def _find_images(root: Path) -> dict[str, tuple[int, int]]:
         for file in files:
             if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
                 path = Path(folder, file)
-                stat = path.stat()
+                stat = path.stat() if path.exists() else path.lstat()  # a link to nothing is a broken picture
                 found[path.relative_to(root).as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return found

@@ -13,22 +13,26 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ldm_jax.config import UserError, commit, write_json
 from ldm_jax.data.array_record import READER_OPTIONS, WRITER_OPTIONS
+from ldm_jax.data.order import Bucket
 from ldm_jax.data.records import decode_example, encode_example
 
 FORMAT_VERSION = 1
 MARKER = "COMPLETE"
 HEADER = "cache.json"
 
+_ABANDONED = 3600  # seconds after which a shard that is not complete has no writer any more
 _READER_BUFFER = 1 << 12  # bytes; less than a record, so that a random read fetches its record alone
 
 
@@ -126,7 +130,7 @@ class CacheWriter:
             ValueError: the number of examples added is not the shard's.
         """
         final = _shard_path(self.directory, shard, self.num_shards)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        temporary = final.with_name(f".{final.name}.{uuid4().hex}.tmp")
         with _reporting_disk_errors(self.directory), _removed_on_error(temporary):
             writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
             added = 0
@@ -146,7 +150,7 @@ class CacheWriter:
             commit(temporary, final)
 
     def finish(self) -> None:
-        """Marks the cache as complete, and removes what killed writers left.
+        """Marks the cache as complete, and removes what killed writers left: what another run is writing just now is younger.
 
         Raises:
             ValueError: shards are missing.
@@ -155,14 +159,16 @@ class CacheWriter:
         if missing:
             raise ValueError(f"{self.directory}: {len(missing)} shards are not written, the first is {missing[0]}")
         for leftover in self.directory.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            if time.time() - leftover.stat().st_mtime > _ABANDONED:
+                leftover.unlink(missing_ok=True)
         write_json(self.directory / MARKER, self.meta)
 
 
 class LatentCache:
     """A finished cache as a source: `cache[i]` is the example i with `moments` [h, w, 2c] or [h, w, c] in place of `image`.
 
-    `meta` is what the writer kept; `mirrored` says that both views of each example are there, for `read`.
+    `meta` is what the writer kept; `mirrored` says that both views of each example are there, for `read`; `buckets` is empty where all
+    pictures have one size.
 
     Raises:
         UserError: the cache is incomplete, or its fingerprint is not the one asked for.
@@ -177,6 +183,7 @@ class LatentCache:
             raise _stale(self.directory, meta["fingerprint"], fingerprint)
         self.meta = meta
         self.mirrored: bool = meta["flips"]
+        self.buckets = [Bucket(*bucket) for bucket in meta.get("buckets", ())]
         self._views = 2 if self.mirrored else 1
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()

@@ -4,19 +4,23 @@ The step, not an iterator's history, says which examples a batch holds, so a run
 hosts, and nothing about the data needs to be saved.
 """
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ldm_jax.config import UserError
 from ldm_jax.data.derive import Derived
+from ldm_jax.data.order import coin_flips, permuted, turn
 from ldm_jax.data.reader import Source
 from ldm_jax.data.transforms import mirror
 
 Batch = dict[str, Any]
+Item = TypeVar("Item")
+Read = TypeVar("Read")
 
 RAGGED_KEYS = ("boxes",)
 """Entries that stay a list, one array an example, because their lengths differ."""
@@ -27,7 +31,8 @@ Derivation = Callable[[dict[str, Any], int, int], dict[str, Any]]  # (example, s
 class Batches:
     """Batches of a source in an order that (seed, step) alone decides.
 
-    Every epoch is a new permutation of the source; a batch may straddle two epochs, so no example is left out.
+    Every epoch is a new permutation of the source; a batch may straddle two epochs, so no example is left out. Where the source has
+    `buckets`, a batch is of one of them, the turns being shared out by `order.turn`, and each bucket has epochs of its own.
 
     Args:
         source: examples; where it has `__getitems__(indices)`, a batch is read in one call. A source with a true
@@ -41,7 +46,7 @@ class Batches:
         shuffle: False reads in the order of the source.
         flip: mirrors each example with probability 1/2, a pure function of (seed, position in the order).
         workers: threads that read ahead; decoding, resizing and reading release the interpreter lock.
-        prefetch: batches that are ready or being read ahead of the one in use.
+        prefetch: batches that are ready or being read ahead of the one in use; at least one for each thread.
 
     Raises:
         UserError: the batch does not divide among the hosts, or a latent cache without mirrored views is to be flipped.
@@ -66,21 +71,24 @@ class Batches:
         if flip and not getattr(source, "mirrored", True):
             raise UserError("data.flip: the latent cache holds no mirrored views; encode again with flips")
         self.source, self.batch_size, self.seed = source, batch_size, seed
+        self._buckets = getattr(source, "buckets", None)
         self._share = slice(*(batch_size * p // process_count for p in (process_index, process_index + 1)))
         self._below = source.below if isinstance(source, Derived) else source
         self._derive: Sequence[Derivation] = (source.derive, *derive) if isinstance(source, Derived) else derive
         self._transform, self._shuffle, self._flip = transform, shuffle, flip
-        self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
+        self._workers, self._prefetch = max(workers, 1), max(prefetch, workers, 1)
 
     def _positions(self, step: int) -> np.ndarray:
         return step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
 
     def indices(self, step: int) -> np.ndarray:
         """Source indices of the global batch of a step, int64 [batch_size]."""
-        epochs, offsets = np.divmod(self._positions(step), len(self.source))
-        if not self._shuffle:
-            return offsets
-        return permuted(offsets, epochs, len(self.source), self.seed)
+        first, count, nth = 0, len(self.source), step
+        if self._buckets:
+            bucket, nth = turn(self._buckets, self.batch_size, self.seed, step, self._shuffle)
+            first, count = bucket.start, bucket.number
+        epochs, offsets = np.divmod(self._positions(nth), count)
+        return first + (permuted(offsets, epochs, count, self.seed) if self._shuffle else offsets)
 
     def batch(self, step: int) -> Batch:
         """This host's share of the batch of a step: stacked arrays, lists of str, lists of ragged arrays."""
@@ -94,48 +102,21 @@ class Batches:
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yields batch(start_step), batch(start_step + 1), ... for ever, read ahead by threads that end with it."""
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="batches")
-        pending: deque[Future[Batch]] = deque()
-        step = start_step
-        try:
-            while True:
-                while len(pending) <= self._prefetch:
-                    pending.append(pool.submit(self.batch, step))
-                    step += 1
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return read_ahead(self.batch, itertools.count(start_step), self._workers, self._prefetch)
 
 
-def permuted(offsets: np.ndarray, epochs: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Where the permutation of each epoch sends each offset; every epoch of every seed has its own permutation.
-
-    Args:
-        offsets: int [n], places within an epoch, in [0, size).
-        epochs: int [n].
-        size: length of an epoch, at most 2**32.
-        seed: of the order.
-
-    Returns:
-        int64 [n] in [0, size).
-    """
-    from grain.experimental import index_shuffle  # importing grain takes a second
-
-    # The hash keeps epoch 1 of seed 0 apart from epoch 0 of seed 1.
-    seeds = {epoch: int(np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]) for epoch in np.unique(epochs)}
-    shuffled = [
-        index_shuffle(int(offset), max_index=size - 1, seed=seeds[epoch], rounds=4) for offset, epoch in zip(offsets, epochs, strict=True)
-    ]
-    return np.array(shuffled, np.int64)
-
-
-def coin_flips(seed: int, positions: np.ndarray) -> np.ndarray:
-    """Fair coins, bool [n], a pure function of (seed, position): the top bit of the SplitMix64 hash."""
-    key = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    z = key + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(63)).astype(bool)
+def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], workers: int, ahead: int) -> Generator[Read, None, None]:
+    """Yields read(item) of each item in order, read by threads that end with it; `ahead` are ready or being read besides the one in use."""
+    pool, rest = ThreadPoolExecutor(workers, thread_name_prefix="reader"), iter(items)
+    pending: deque[Future[Read]] = deque()
+    try:
+        while True:
+            pending.extend(pool.submit(read, item) for item in itertools.islice(rest, ahead + 1 - len(pending)))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_examples(source: Any, indices: np.ndarray, flips: np.ndarray) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What sources have in common: their interface, and readers of stored examples."""
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ import numpy as np
 
 from ldm_jax.config import UserError
 from ldm_jax.data.boxes import tidy_boxes
-from ldm_jax.data.decode import decode_fields
+from ldm_jax.data.decode import decode_fields, image_size
 
 FIELDS = ("text", "label", "boxes", "segmentation", "mask")
 """What an example may have beside its `image`."""
@@ -79,6 +80,14 @@ class Reader(ABC):
         if text is None:
             raise ValueError("it has no caption")
         return text
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the picture of an example, by the head of its file."""
+        image = self.read(index, ("image",)).get("image")
+        if image is None:
+            raise ValueError("it has no image")
+        height, width = image_size(io.BytesIO(image)) if isinstance(image, bytes) else image.shape[:2]
+        return height, width
 
 
 def _class_number(value: Any) -> int:

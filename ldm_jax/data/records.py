@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import msgpack
 import numpy as np
 
@@ -23,9 +24,10 @@ def decode_example(record: bytes) -> dict[str, Any]:
 
 
 def _pack_array(value: Any) -> msgpack.ExtType:
-    if not isinstance(value, np.ndarray | np.generic) or value.dtype.kind not in "biuf":
+    if not isinstance(value, np.ndarray | np.generic) or (value.dtype.kind not in "biuf" and value.dtype != ml_dtypes.bfloat16):
         raise ValueError(f"cannot store a {type(value).__name__} in a record; use arrays, numbers, strings and lists")
-    header = msgpack.packb((value.dtype.str, value.shape))
+    kind = value.dtype.str if value.dtype.kind in "biuf" else value.dtype.name
+    header = msgpack.packb((kind, value.shape))
     return msgpack.ExtType(_ARRAY, header + value.tobytes())
 
 

@@ -1,7 +1,7 @@
 """Sources over other sources: what they have in common, and the one that replaces broken examples."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,18 @@ class Layer:
     def name(self, index: int) -> str:
         """Where the example lies, for people."""
         return self.below.name(index) if hasattr(self.below, "name") else f"example {index}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the picture, without decoding it where the source below can say it alone."""
+        if hasattr(self.below, "size"):
+            return self.below.size(index)
+        height, width = self.below[index]["image"].shape[:2]
+        return height, width
+
+    @property
+    def buckets(self) -> Any:
+        """Of a source that lies in the order of its buckets: where each is, list of `order.Bucket`. Others have no such attribute."""
+        return self.below.buckets
 
     def fingerprint(self) -> str:
         return self.below.fingerprint()
@@ -62,16 +74,20 @@ class Reliable(Layer):
             self._logged = {int(column) for column in first_columns if column.isdigit()}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._first_good(index, self.below.__getitem__)
+        return self._first_good(index, self.below.__getitem__, self.broken)
 
     def caption(self, index: int) -> Any:
-        return self._first_good(index, super().caption)
+        return self._first_good(index, super().caption)  # whatever of the pictures has been read before
 
-    def _first_good(self, index: int, read: Callable[[int], Any]) -> Any:
+    def size(self, index: int) -> tuple[int, int]:
+        return self._first_good(index, super().size)
+
+    def _first_good(self, index: int, read: Callable[[int], Any], known: Collection[int] = ()) -> Any:
+        """What is read of the first good example from an index on; `known` are broken."""
         size = len(self)
         for candidate in range(index, index + size):
             candidate %= size
-            if candidate in self.broken:
+            if candidate in known:
                 continue
             try:
                 return read(candidate)

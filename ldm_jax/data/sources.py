@@ -95,7 +95,8 @@ def open_data(data: ConfigDict, needs: Collection[str] = (), pairs: Pairs = "see
 
 
 def make_source(data: ConfigDict, needs: Collection[str] = (), *, pairs: Pairs = "seen", log_path: Path | None = None) -> Source:
-    """The source that a config's `data` group describes, with pictures of `data.resolution` and broken examples replaced.
+    """The source that a config's `data` group describes, with broken examples replaced, and pictures of `data.resolution` or as they are
+    where there are buckets, or windows to be taken.
 
     Args:
         data: the group; which of its fields are read is said beside them in `defaults.py`.
@@ -109,7 +110,7 @@ def make_source(data: ConfigDict, needs: Collection[str] = (), *, pairs: Pairs =
     source = open_data(data, needs, pairs)
     if data.source == "shapes":  # drawn at the resolution, and never broken
         return source
-    if not data.min_window:  # else `Derived` takes a window of the picture as it is
+    if not (data.min_window or data.buckets):  # else `Derived` takes a window of the picture as it is, and `Bucketed` fits it
         source = Cropped(source, data.resolution)
     return Reliable(source, log_path, data.max_broken)
 

@@ -1,15 +1,14 @@
 """What a data set holds: every picture decoded once, and what is found counted."""
 
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from ldm_jax.data.decode import BROKEN
+from ldm_jax.data.pipeline import read_ahead
 
 _NO_CLASS = 255  # of a semantic map
 
@@ -43,23 +42,12 @@ class Survey:
 def survey(source: Any, indices: Iterable[int], workers: int) -> Survey:
     """Looks at examples of a source with so many threads."""
     found = Survey()
-    with ThreadPoolExecutor(workers) as pool:
-        for index, facts in _ahead(pool, source, indices, 4 * workers):
-            if isinstance(facts, Exception):
-                found.broken.append((index, facts))
-            else:
-                _add(found, index, facts)
+    for index, facts in read_ahead(lambda index: (index, _look(source, index)), indices, workers, 4 * workers):
+        if isinstance(facts, Exception):
+            found.broken.append((index, facts))
+        else:
+            _add(found, index, facts)
     return found
-
-
-def _ahead(pool: ThreadPoolExecutor, source: Any, indices: Iterable[int], ahead: int) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
-    """Facts about each example, in order, so many of them read ahead: `Executor.map` would begin with all."""
-    rest = iter(indices)
-    pending = deque((index, pool.submit(_look, source, index)) for index in islice(rest, ahead))
-    while pending:
-        index, facts = pending.popleft()
-        yield index, facts.result()
-        pending.extend((index, pool.submit(_look, source, index)) for index in islice(rest, 1))
 
 
 def _look(source: Any, index: int) -> dict[str, Any] | Exception:

@@ -36,7 +36,8 @@ class TableSource(Reader):
     def __init__(self, path: str | Path, split: str, keys: Mapping[str, str], needs: Collection[str] = ()) -> None:
         super().__init__(needs)
         self.root = Path(path) if Path(path).is_dir() else Path(path).parent
-        self._files = _of_split(find_files(path, _SUFFIXES, "tables"), self.root, split)
+        files = [file for file in find_files(path, _SUFFIXES, "tables") if not file.name.startswith("cache-")]  # left by `Dataset.map`
+        self._files = _of_split(files, self.root, split)
         self._keys = {field: keys.get(field) or field for field in ("image", *self.needs)}
         self._tables = [open_table(file) for file in self._files]
         for table in self._tables:

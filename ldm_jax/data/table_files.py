@@ -37,9 +37,15 @@ class TableFile(ABC):
     def row(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
         """The cells of a row as Python values. Raises OSError or ValueError where they are damaged."""
 
-    @abstractmethod
     def values(self, column: str) -> Iterator[Any]:
-        """The cells of a column, in order, as Python values."""
+        """The cells of a column, in order, as Python values. Raises UserError where they are damaged."""
+        try:
+            yield from self._values(column)
+        except (OSError, ValueError) as error:
+            raise UserError(f"data.path: the column {column!r} of {self.path} is damaged ({str(error).splitlines()[0]})") from error
+
+    @abstractmethod
+    def _values(self, column: str) -> Iterator[Any]: ...
 
     def is_list(self, column: str) -> bool:
         """Whether the cells are lists."""
@@ -83,7 +89,7 @@ class ArrowTable(TableFile):
     def row(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
         return {column: self._table.column(column)[row].as_py() for column in columns}
 
-    def values(self, column: str) -> Iterator[Any]:
+    def _values(self, column: str) -> Iterator[Any]:
         for chunk in self._table.column(column).chunks:
             yield from chunk.to_pylist()
 
@@ -119,7 +125,7 @@ class ParquetTable(TableFile):
         with parquet.ParquetFile(self.path, metadata=self._metadata) as file:
             return file.read_row_group(group, columns=list(columns), use_threads=False)
 
-    def values(self, column: str) -> Iterator[Any]:
+    def _values(self, column: str) -> Iterator[Any]:
         import pyarrow.parquet as parquet
 
         with parquet.ParquetFile(self.path, metadata=self._metadata) as file:

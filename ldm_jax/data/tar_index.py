@@ -11,6 +11,8 @@ import logging
 import os
 import tarfile
 import zipfile
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ SUFFIXES = {
 }
 MEMBERS = ("image", "text", "label", "json", "segmentation", "mask")
 
-_VERSION = 1
+_VERSION = 2
 _BLOCK = 512  # bytes; tar's unit
 
 
@@ -72,7 +74,7 @@ def shard_index(path: Path) -> ShardIndex:
 
 
 def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_jax" / "tar"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ldm_jax" / "tar"
 
 
 def _load(place: Path, mark: str) -> ShardIndex | None:
@@ -83,7 +85,7 @@ def _load(place: Path, mark: str) -> ShardIndex | None:
             if about["mark"] != mark:
                 return None
             return ShardIndex(about["keys"], kept["offsets"], kept["sizes"], kept["facts"], about["damage"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("%s is damaged (%s); the shard is read again", place, error)
         return None
 
@@ -152,13 +154,12 @@ def _ends_properly(path: Path, offset: int) -> bool:
 
 def _facts(file: io.BufferedReader, members: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
     """What is known of an example's captions, class and boxes; one whose files make no sense has none."""
-    found: dict[str, Any] = {}
-    try:
-        found = {kind: _content(file, members[kind]) for kind in ("text", "json") if kind in members}
-        about = json_fields(found["json"]) if "json" in found else {}
-        texts = captions(found["text"].decode("utf-8-sig").splitlines()) if "text" in found else captions(about.get("text"))
-    except (OSError, ValueError):
-        return 0, 0, 0
+    about, texts = {}, []
+    with suppress(OSError, ValueError):
+        about = json_fields(_content(file, members["json"])) if "json" in members else {}
+    with suppress(OSError, ValueError):
+        text = _content(file, members["text"]).decode("utf-8-sig").splitlines() if "text" in members else about.get("text")
+        texts = captions(text)
     return len(texts), "label" in members or "label" in about, "boxes" in about
 
 

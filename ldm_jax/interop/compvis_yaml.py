@@ -363,6 +363,8 @@ def _unet_config(networks: Networks) -> dict[str, Any]:
     net: Any = networks.denoiser.network
     if not isinstance(net, UNet):
         raise UserError("the paper's code has no denoiser but the UNet")
+    if net.places:
+        raise UserError("the paper's UNet has no features of places (denoiser.places)")
     leaves = networks.leaves
     context = next((shape.shape[0] for leaf, shape in leaves.items() if leaf.endswith("attn2/k/kernel")), None)
     heads = {"num_heads": net.num_heads} if net.num_heads else {"num_head_channels": net.head_channels}

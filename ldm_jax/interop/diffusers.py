@@ -278,6 +278,8 @@ def unet_config(
     network: UNet, in_channels: int, context_dim: int | None, sample_size: int, groups: int, linear_projections: bool = False
 ) -> dict[str, Any]:
     """The config.json of a UNet. Raises UserError for a network that diffusers has no class for."""
+    if network.places:
+        raise UserError("diffusers' UNets have no features of places (denoiser.places)")
     if network.transformer_depth and network.resblock_updown:
         raise UserError("diffusers' UNet2DConditionModel has no residual blocks that resample between its cross-attention blocks")
     if network.transformer_depth and context_dim is None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax.conditioning.build import Model, build_conditioning
-from ldm_jax.conditioning.conditioners import MaskConditioner
+from ldm_jax.conditioning.conditioner import Conditioning
+from ldm_jax.conditioning.conditioners import EmbeddedTextConditioner, MaskConditioner
 from ldm_jax.config import UserError
 from ldm_jax.data.derive import one_caption
 from ldm_jax.data.latents import LatentCache
+from ldm_jax.data.order import Bucket
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.data.sources import Source
 from ldm_jax.defaults import base
@@ -25,12 +28,14 @@ from ldm_jax.diffusion.samplers import image_keys, initial_noise
 from ldm_jax.diffusion.times import TimeSampling, sample_times
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.model_directory import Params, check_shapes
+from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.sampling import Sampling, check_guidance, check_sampler, is_plain, make_sampling
 from ldm_jax.stages import Denoiser, FirstStage, GenerateInputs, build_denoiser, compute_dtype, generate_jit, prepare, to_float
 from ldm_jax.training import optimizer
 from ldm_jax.training import state as states
 from ldm_jax.training.preview import alternating, shown
 from ldm_jax.training.state import Metrics, State, key_for
+from ldm_jax.training.text_cache import Embedded
 
 TIME_BUCKETS = 4
 LOG_VARIANCES = 1000  # numbers that `diffusion.learn_log_variance` learns where time is continuous
@@ -55,9 +60,9 @@ def build_loss(group: ConfigDict, process: Process) -> DiffusionLoss:
 class DiffusionStage:
     """Stage 2 as the loop takes it: `init`, `update`, `preview`.
 
-    A batch holds the conditioners' arrays and raw `moments` ([B,h,w,2c], or [B,h,w,c] where they are the latents), or `image` uint8
-    [B,H,W,3] where nothing is cached, with `hole` bool [B,H,W] for a model that fills holes; latents are sampled from the moments anew at
-    every step.
+    A batch holds the conditioners' arrays (of a text its embeddings where the source is `Embedded`) and raw `moments` ([B,h,w,2c], or
+    [B,h,w,c] where they are the latents), or `image` uint8 [B,H,W,3] where nothing is cached, with `hole` bool [B,H,W] for a model that
+    fills holes; latents are sampled from the moments anew at every step.
     """
 
     name = "denoiser"
@@ -69,19 +74,20 @@ class DiffusionStage:
         config: ConfigDict,
         first_stage: FirstStage,
         first_stage_params: Params,
-        source: Source | LatentCache,
+        source: Source | LatentCache | Embedded,
         tokenizer: Any,
     ) -> None:
         self.config, self.source = config, source
         self.first_stage, self.first_stage_params = first_stage, first_stage_params
         self.frozen = {} if config.data.cache else first_stage_params
         self.dtype = compute_dtype(config.train.dtype)
-        group = config.conditioning.to_dict()
-        network = first_stage.network
-        about = Model(config.data.resolution, network.factor, network.latent_channels, self.dtype, tokenizer)
-        conditioning = build_conditioning(group, about)
+        conditioning = conditioning_for(config, first_stage.network, tokenizer)
         channels = first_stage.network.latent_channels
         self.denoiser: Denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, channels, self.dtype)
+        self.trained = self.denoiser
+        if isinstance(source, Embedded):
+            text = EmbeddedTextConditioner(source.empty, config.conditioning.text.drop_rate)
+            self.trained = replace(self.denoiser, conditioning=conditioning.replaced(text))
         self.loss = build_loss(config.diffusion, self.denoiser.process)
         self.sampling = build_sampling(config.sample, self.denoiser)
         size = config.data.resolution // first_stage.network.factor
@@ -107,8 +113,10 @@ class DiffusionStage:
         yield from self.remarks
         if not self.config.data.cache:
             yield "data.cache=False: images are encoded in every step"
-        if self.config.conditioning.text.enabled and self.config.conditioning.text.drop_rate == 0 and self.config.sample.guidance != 1:
-            yield "conditioning.text.drop_rate=0: the unconditional score is not learned, so guidance means nothing"
+        conditioning = self.denoiser.conditioning
+        if conditioning.names and not conditioning.guides and self.config.sample.guidance != 1:
+            names = ", ".join(f"conditioning.{name}.drop_rate" for name in conditioning.names)
+            yield f"{names}=0: the unconditional score is not learned, so guidance means nothing"
 
     def init(self, key: jax.Array) -> State:
         """A fresh state; pure."""
@@ -123,7 +131,7 @@ class DiffusionStage:
         return Batches(self.source, size, seed, **own, **kwargs)
 
     def _transform(self, batch: dict[str, Any]) -> dict[str, Any]:
-        latents, conditioning = "moments" if "moments" in batch else "image", self.denoiser.conditioning
+        latents, conditioning = "moments" if "moments" in batch else "image", self.trained.conditioning
         holes = {"hole": batch["mask"] > 0} if "mask" in conditioning.names else {}
         return {latents: batch[latents], **holes, **conditioning.prepare(batch, set(conditioning.names) - {"mask"})}
 
@@ -138,12 +146,12 @@ class DiffusionStage:
         if "hole" in batch:
             mask = next(c for c in self.denoiser.conditioning.conditioners if isinstance(c, MaskConditioner))
             arrays["mask"] = self.first_stage.masked(frozen, to_float(batch["image"]), batch["hole"], mask)
-        arrays = self.denoiser.conditioning.drop(arrays, key_for(root, "drop", state.step))
+        arrays = self.trained.conditioning.drop(arrays, key_for(root, "drop", state.step))
         dropout = key_for(root, "dropout", state.step) if self.config.denoiser.dropout else None
 
         def loss(params: Params, part: Any) -> tuple[jax.Array, Metrics]:
             x0, eps, in_state, t, arrays = part
-            condition, fraction = self.denoiser.condition(params, arrays), self.denoiser.process.fraction_of(t)
+            condition, fraction = self.trained.condition(params, arrays), self.denoiser.process.fraction_of(t)
             x_t = noised(self.denoiser.process, x0, in_state, t)
             pred = self.denoiser.denoise(params, x_t, t, condition, dropout)
             each, bound = per_example(self.denoiser.process, self.loss, pred, x0, eps, t)
@@ -177,17 +185,33 @@ class DiffusionStage:
         t = sample_times(self.loss.times, self.denoiser.process, key_for(root, "time", step), x0.shape[0])
         return x0, eps, in_state, t.astype(wide)
 
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """Those of the data, none where all pictures are squares."""
+        return getattr(self.source, "buckets", ())
+
+    @property
+    def preview_shape(self) -> tuple[int, int, int]:
+        """Of the latents that are drawn to look at: the first bucket's."""
+        height, width, channels = self.latent_shape
+        if self.buckets:
+            factor = self.first_stage.network.factor
+            height, width = self.buckets[0].height // factor, self.buckets[0].width // factor
+        return height, width, channels
+
     @cached_property
     def preview_inputs(self) -> dict[str, list[Any]]:
         """What the conditioners of the preview are given: `sample.prompts`, filled up to 16 with captions of the data; where there are
-        other conditions than text, the data's first 16 examples."""
+        other conditions than text, the data's first examples."""
         names = self.denoiser.conditioning.fields
         if names == ("text",):
             given = list(self.config.sample.prompts)[:32]
             missing = range(min(max(16 - len(given), 0), len(self.source)))
             return {"text": given + [caption(self.source, i) for i in missing]}
-        examples = [one_caption(self.source[i], 0, i) for i in range(min(16, len(self.source)))] if names else []
-        return {name: [example[name] for example in examples] for name in names}
+        number = min([16, len(self.source), *(bucket.number for bucket in self.buckets)])
+        examples = [one_caption(self.source[i], 0, i) for i in range(number)] if names else []
+        given = [name for name in (*names, *self.denoiser.conditioning.optional) if examples and name in examples[0]]
+        return {name: [example[name] for example in examples] for name in given}
 
     def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
         """Samples of fixed inputs and noise by the EMA weights, below what is told in pictures: (uint8 [N,H,W,3], columns, captions)."""
@@ -199,12 +223,12 @@ class DiffusionStage:
             arrays = prepare(self.first_stage, conditioning, params, inputs)
             null = conditioning.unconditional(arrays)
             seed = self.config.sample.seed
-            noise, keys = initial_noise(seed, index, self.latent_shape), image_keys(seed, index)
+            noise, keys = initial_noise(seed, index, self.preview_shape), image_keys(seed, index)
             guidance = float(self.config.sample.guidance)
             doubled = conditioning.guides and not is_plain(self.sampling, guidance)
             drawn = GenerateInputs(noise, keys, arrays, null if doubled else None, guidance)
             images, _ = generate_jit(self.first_stage, self.denoiser, self.sampling, None, params, drawn)
-        told = shown(inputs, self.config.data.resolution)
+        told = shown(inputs, *images.shape[1:3])
         if told is None:
             return np.asarray(images), 8, inputs.get("text")
         return alternating(told, np.asarray(images), 8), 8, None
@@ -212,6 +236,12 @@ class DiffusionStage:
     def model(self, params: Params, info: dict[str, Any]) -> LatentDiffusion:
         """The model of some (EMA) parameters, for sampling and for `model/`."""
         return LatentDiffusion(self.first_stage, self.denoiser, {"first_stage": self.first_stage_params, **params}, info)
+
+
+def conditioning_for(config: ConfigDict, autoencoder: Autoencoder, tokenizer: Any) -> Conditioning:
+    """The conditioners of a run on the latents of an autoencoder. Raises UserError."""
+    sizes = (config.data.resolution, autoencoder.factor, autoencoder.latent_channels)
+    return build_conditioning(config.conditioning.to_dict(), Model(*sizes, compute_dtype(config.train.dtype), tokenizer))
 
 
 def build_sampling(group: ConfigDict, denoiser: Denoiser) -> Sampling:

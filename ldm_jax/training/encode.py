@@ -1,6 +1,6 @@
 """From images to latents: the statistics of the latent space, and the latent cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from ldm_jax.config import WorkDir
 from ldm_jax.data.latents import CacheWriter, LatentCache, cache_fingerprint, is_complete, weights_fingerprint
-from ldm_jax.data.pipeline import Batches
+from ldm_jax.data.pipeline import Batches, read_ahead, stack
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import mirror
 from ldm_jax.model_directory import Params
 from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated, split_host_arrays
-from ldm_jax.stages import FirstStage, to_float
+from ldm_jax.stages import FirstStage, compute_dtype, to_float
 
 _SHARD = 4096  # examples
+Make = Callable[[range, int], Generator[dict[str, Any], None, None]]
 MEASURED = ("std", "channel")  # kinds of scale that are of the statistics of the latents, and no number
 
 
@@ -75,49 +76,94 @@ def latent_scale(kind: str, mean: np.ndarray, std: np.ndarray) -> tuple[tuple[fl
 
 def fingerprint(config: ConfigDict, weights: str, source: Source) -> str:
     """What a cache of the latents of a first stage, by the fingerprint of its weights, is known by."""
-    return cache_fingerprint(weights=weights, source=source.fingerprint(), resolution=config.data.resolution, flips=config.data.flip)
+    dtype = np.dtype(compute_dtype(config.train.dtype)).name
+    look = {"resolution": config.data.resolution, "flips": config.data.flip, "dtype": dtype}
+    return cache_fingerprint(weights=weights, source=source.fingerprint(), **look)
 
 
 def ensure_cache(config: ConfigDict, workdir: WorkDir, encoder: Encoder, source: Source) -> LatentCache:
     """The latent cache of a run, encoded now where it is missing or unfinished. Raises UserError."""
     mark = fingerprint(config, encoder.fingerprint, source)
-    directory = (epath.Path(config.data.latents) if config.data.latents else workdir.latents) / mark
-    if not is_complete(directory, mark):
-        size = max(_SHARD // encoder.batch_size, 1) * encoder.batch_size
-        writer = CacheWriter(directory, {"fingerprint": mark, "flips": config.data.flip}, len(source), size)
-        _write_shards(writer, encoder, source, config.data.workers)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+    size = max(_SHARD // encoder.batch_size, 1) * encoder.batch_size
+    meta = {"flips": config.data.flip, "buckets": [list(bucket) for bucket in getattr(source, "buckets", ())]}
+    return ensure_written(
+        cache_directory(config, workdir, mark),
+        {"fingerprint": mark, **meta},
+        len(source),
+        size,
+        lambda examples, views: encoded(encoder, source, examples, views, config.data.workers),
+    )
 
-            multihost_utils.sync_global_devices("latent cache")
+
+def cache_directory(config: ConfigDict, workdir: WorkDir, mark: str) -> epath.Path:
+    """Where the cache of a run that is known by its fingerprint lies."""
+    return (epath.Path(config.data.latents) if config.data.latents else workdir.latents) / mark
+
+
+def ensure_written(directory: epath.Path, meta: dict[str, Any], number: int, shard_size: int, make: Make) -> LatentCache:
+    """The cache in a directory with that `meta`; where it is missing or unfinished, every process makes its share of it now.
+
+    `make(examples, views)` gives the examples of a range of indices in order, with `views` views of each. Raises UserError.
+    """
+    mark = meta["fingerprint"]
+    if not _agreed(is_complete(directory, mark)):
+        writer = CacheWriter(directory, meta, number, shard_size)
+        missing = writer.missing_shards(jax.process_index(), jax.process_count())
+        total = sum(len(writer.examples(shard)) for shard in missing)
+        with tqdm(total=total, desc="encode", unit="example", mininterval=5, disable=jax.process_index() > 0) as bar:
+            for shard in missing:
+                with closing(make(writer.examples(shard), writer.views)) as made, writer.shard(shard) as add:
+                    for count, example in enumerate(made, 1):
+                        add(example)
+                        bar.update(count % writer.views == 0)
+        _all_processes("latent cache")
         if jax.process_index() == 0:
             writer.finish()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("latent cache complete")
+        _all_processes("latent cache complete")
     return LatentCache(directory, mark)
 
 
-def _write_shards(writer: CacheWriter, encoder: Encoder, source: Source, workers: int) -> None:
-    """Encodes what this process has to write, with a progress bar."""
-    batches = Batches(source, encoder.batch_size, seed=0, shuffle=False, workers=workers)
-    missing = writer.missing_shards(jax.process_index(), jax.process_count())
-    total = sum(len(writer.examples(shard)) for shard in missing)
-    with tqdm(total=total, desc="encode", unit="image", mininterval=5, disable=jax.process_index() > 0) as bar:
-        for shard in missing:
-            span = writer.examples(shard)
-            with closing(batches.iterate(span.start // encoder.batch_size)) as data, writer.shard(shard) as add:
-                for start in range(span.start, span.stop, encoder.batch_size):
-                    count = min(encoder.batch_size, span.stop - start)
-                    for example in _encoded(encoder, next(data), count, writer.views):
-                        add(example)
-                    bar.update(count)
+def _agreed(complete: bool) -> bool:
+    """What the first process sees: another run may be filling the same cache, and all must take the same way."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(complete)))
+    return complete
 
 
-def _encoded(encoder: Encoder, batch: dict[str, Any], count: int, views: int) -> Iterator[dict[str, Any]]:
-    """The first `count` examples of a batch with their moments, each followed by its mirrored view where there are two."""
-    moments = [encoder(batch["image"])]
-    if views == 2:
-        moments.append(encoder(batch["image"][:, :, ::-1]))
+def _all_processes(name: str) -> None:
+    """Waits for the others at the point of this name."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def encoded(encoder: Encoder, source: Any, examples: range, views: int, workers: int) -> Generator[dict[str, Any], None, None]:
+    """Those examples of a source with their moments, each followed by its mirrored view where there are two."""
+    pieces = (piece for part in of_one_size(source, examples) for piece in split(part, encoder.batch_size))
+    with closing(read_ahead(lambda piece: stack([source[i] for i in piece]), pieces, max(workers, 1), max(workers, 2))) as batches:
+        for batch in batches:
+            yield from _with_moments(encoder, batch, views)
+
+
+def of_one_size(source: Any, examples: range) -> list[range]:
+    """A range of examples in parts whose pictures have one size."""
+    buckets = getattr(source, "buckets", None) or [range(len(source))]
+    parts = (range(max(examples.start, bucket.start), min(examples.stop, bucket.stop)) for bucket in buckets)
+    return [part for part in parts if part]
+
+
+def split(indices: range, size: int) -> Iterator[range]:
+    """A range in parts of `size`, the last as long as what is left."""
+    return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def _with_moments(encoder: Encoder, batch: dict[str, Any], views: int) -> Iterator[dict[str, Any]]:
+    count = len(batch["image"])
+    images = np.pad(batch["image"], ((0, encoder.batch_size - count), (0, 0), (0, 0), (0, 0)), mode="edge")
+    moments = [encoder(images), *([encoder(images[:, :, ::-1])] if views == 2 else [])]
     for i in range(count):
         example = {key: values[i] for key, values in batch.items()}
         yield {**example, "moments": moments[0][i]}

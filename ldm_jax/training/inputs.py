@@ -5,8 +5,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ldm_jax.conditioning.conditioner import Conditioning
-from ldm_jax.config import UserError, WorkDir, latent_factor
-from ldm_jax.data.derive import derived
+from ldm_jax.config import UserError, WorkDir, bucket_sizes, latent_factor
+from ldm_jax.data.buckets import Bucketed
+from ldm_jax.data.derive import Derive, Derived, derived
 from ldm_jax.data.sources import Source, make_source, needed_fields
 from ldm_jax.model_directory import find_model, load_settings
 from ldm_jax.stages import build_autoencoder
@@ -15,14 +16,17 @@ from ldm_jax.training.neighbors import Neighbored
 
 def open_source(config: ConfigDict, workdir: WorkDir) -> Source:
     """The images of a run, with what its conditioners read. Raises UserError."""
-    source = make_source(config.data, needed_fields(config), log_path=workdir.path / "broken_images.txt")
+    data, group = config.data, config.conditioning
+    source = make_source(data, needed_fields(config), log_path=workdir.path / "broken_images.txt")
     if config.task == "autoencoder":
-        return derived(source, config.data)
-    group = config.conditioning
-    if group.mask.enabled and config.data.cache:
+        return derived(source, data)
+    if group.mask.enabled and data.cache:
         raise UserError("conditioning.mask: a picture is encoded with another hole at every step: set data.cache=False")
-    source = derived(source, config.data, group, first_stage_factor(config) if group.low_res.enabled else 1)
-    return Neighbored(source, group.neighbors, workdir) if group.neighbors.enabled else source
+    if data.buckets:
+        source = Bucketed(source, bucket_sizes(data), config.train.batch_size, workdir.path / "buckets", data.workers)
+    if group.neighbors.enabled:
+        source = Neighbored(source, group.neighbors, workdir, data.workers)
+    return derived(source, data, group, first_stage_factor(config) if group.low_res.enabled else 1)
 
 
 def first_stage_factor(config: ConfigDict) -> int:
@@ -32,7 +36,13 @@ def first_stage_factor(config: ConfigDict) -> int:
     return build_autoencoder(load_settings(find_model(config.first_stage.path) / "first_stage"), "float32").factor
 
 
-def check_examples(source: Any, conditioning: Conditioning, resolution: int) -> None:
+def layers(source: Any) -> tuple[Any, Derive | None, Neighbored | None]:
+    """What lies under a run's source: stored pictures as they are trained on, what is drawn for them, and their neighbours."""
+    below, derive = (source.below, source.derive) if isinstance(source, Derived) else (source, None)
+    return (below.below, derive, below) if isinstance(below, Neighbored) else (below, derive, None)
+
+
+def check_examples(source: Any, conditioning: Conditioning) -> None:
     """Raises UserError where an example lacks what a conditioner reads, or has it of another size than its picture.
 
     Of what takes long to make, captions' tokens and neighbours, nothing is asked.
@@ -40,10 +50,11 @@ def check_examples(source: Any, conditioning: Conditioning, resolution: int) -> 
     names = set(conditioning.names) - {"text", "neighbors"}
     if not names:
         return
-    example = (source.below if isinstance(source, Neighbored) else source)[0]
+    below, derive, _ = layers(source)
+    example = derive(below[0], 0, 0) if derive else below[0]
     conditioning.prepare({name: [value] for name, value in example.items()}, names - {"mask"})
     for name in {"segmentation", "mask"} & names:
         if name not in example:
             raise UserError(f"the data gives no {name}, which conditioning.{name} needs")
-        if example[name].shape != (resolution, resolution):
-            raise UserError(f"data: {name} is {list(example[name].shape)}, its picture [{resolution}, {resolution}]")
+        if example[name].shape != (size := example["image"].shape[:2]):
+            raise UserError(f"data: {name} is {list(example[name].shape)}, its picture {list(size)}")

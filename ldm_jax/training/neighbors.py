@@ -1,16 +1,21 @@
 """Retrieval: each training picture with the embeddings of its nearest neighbours (Blattmann et al., arXiv 2204.11824)."""
 
 import os
+import threading
+from contextlib import closing
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ldm_jax.config import UserError, WorkDir, commit
+from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.embeddings import COLOR_WIDTH, mean_colors, read_embeddings
+from ldm_jax.data.kept import kept
 from ldm_jax.data.latents import cache_fingerprint
+from ldm_jax.data.pipeline import read_ahead
 from ldm_jax.data.reliable import Layer
 from ldm_jax.data.sources import Source
 from ldm_jax.nearest import nearest
@@ -24,8 +29,9 @@ class Neighbored(Layer):
     Raises UserError at construction for embedding files that do not fit.
     """
 
-    def __init__(self, below: Source, group: ConfigDict, workdir: WorkDir) -> None:
+    def __init__(self, below: Source, group: ConfigDict, workdir: WorkDir, workers: int = 2) -> None:
         super().__init__(below)
+        self._workers, self._lock = max(workers, 1), threading.RLock()
         self._count, self._root, self._files = group.count, workdir.path / "neighbors", (group.queries, group.database)
         self._queries = read_embeddings(group.queries) if group.queries else None
         self._database = read_embeddings(group.database) if group.database else None
@@ -49,14 +55,18 @@ class Neighbored(Layer):
     @cached_property
     def _own(self) -> np.ndarray:
         """The embeddings of the pictures themselves."""
-        return self._kept("embeddings", self._embed) if self._queries is None else self._queries
+        with self._lock:  # threads read examples, and what takes long is done once
+            return kept(self._path("embeddings"), self._embed) if self._queries is None else self._queries
 
     @cached_property
     def _table(self) -> np.ndarray:
-        return self._kept(f"nearest-{self._count}", self._search)
+        with self._lock:
+            return kept(self._path(f"nearest-{self._count}"), self._search)
 
     def _embed(self) -> np.ndarray:
-        return np.stack([mean_colors(self.below[i]["image"]) for i in tqdm(range(len(self)), desc="embeddings", mininterval=5)])
+        indices = tqdm(range(len(self)), desc="embeddings", mininterval=5)
+        with closing(read_ahead(lambda i: mean_colors(self.below[i]["image"]), indices, self._workers, 64)) as embeddings:
+            return np.stack(list(embeddings))
 
     def _search(self) -> np.ndarray:
         own = np.arange(len(self)) if self._database is None else None
@@ -65,15 +75,9 @@ class Neighbored(Layer):
         except ValueError as error:
             raise UserError(f"conditioning.neighbors: {error}") from error
 
-    def _kept(self, name: str, make: Any) -> np.ndarray:
-        """An array of this data, made once."""
-        path = self._root / f"{name}-{self.fingerprint()}.npy"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp.npy")
-            np.save(temporary, make())
-            commit(temporary, path)
-        return np.load(path, mmap_mode="r")
+    def _path(self, name: str) -> Path:
+        """Where an array of this data is kept."""
+        return self._root / f"{name}-{self.fingerprint()}.npy"
 
     def find(self, images: np.ndarray) -> np.ndarray:
         """The neighbours float32 [N,count,D] of other pictures, uint8 [N,H,W,3], by their mean colours. Raises UserError."""

@@ -35,18 +35,18 @@ def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None
     return canvas
 
 
-def shown(inputs: Mapping[str, Sequence[Any]], side: int) -> np.ndarray | None:
-    """What a model is told in pictures, uint8 [N,side,side,3], where it is told any: small pictures, pictures with gray holes, maps of
+def shown(inputs: Mapping[str, Sequence[Any]], height: int, width: int) -> np.ndarray | None:
+    """What a model is told in pictures, uint8 [N,height,width,3], where it is told any: small pictures, pictures with gray holes, maps of
     classes in colours, frames of boxes."""
     if "mask" in inputs:
         return np.stack([np.where(hole[..., None] > 0, 128, image) for image, hole in zip(inputs["image"], inputs["mask"], strict=True)])
     if "low_res" in inputs:
-        small = [Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST) for picture in inputs["low_res"]]
+        small = [Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST) for picture in inputs["low_res"]]
         return np.stack([np.asarray(picture) for picture in small])
     if "segmentation" in inputs:
         return np.stack([class_colors(classes) for classes in inputs["segmentation"]])
     if "boxes" in inputs:
-        return np.stack([_frames(rows, side) for rows in inputs["boxes"]])
+        return np.stack([_frames(rows, height, width) for rows in inputs["boxes"]])
     return None
 
 
@@ -60,11 +60,11 @@ def class_colors(labels: np.ndarray) -> np.ndarray:
     return _PALETTE[np.asarray(labels, int) % len(_PALETTE)]
 
 
-def _frames(rows: np.ndarray, side: int) -> np.ndarray:
-    canvas = Image.new("RGB", (side, side), "black")
+def _frames(rows: np.ndarray, height: int, width: int) -> np.ndarray:
+    canvas = Image.new("RGB", (width, height), "black")
     draw = ImageDraw.Draw(canvas)
     for label, x0, y0, x1, y1 in np.asarray(rows, np.float64).reshape(-1, 5):
-        corners = [float(share) * (side - 1) for share in (x0, y0, x1, y1)]
+        corners = [x0 * (width - 1), y0 * (height - 1), x1 * (width - 1), y1 * (height - 1)]
         draw.rectangle(corners, outline=tuple(_PALETTE[1 + int(label) % 255].tolist()))
     return np.asarray(canvas)
 

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldm_jax import config as configs
-from ldm_jax.conditioning.build import Model, build_conditioning
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.latents import LatentCache, weights_fingerprint
@@ -26,10 +25,11 @@ from ldm_jax.stages import FirstStage, abstract_params, build_autoencoder, build
 from ldm_jax.training import init_from, loop, optimizer
 from ldm_jax.training.autoencoder import AutoencoderStage
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampling, caption
+from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampling, caption, conditioning_for
 from ldm_jax.training.encode import MEASURED, Encoder, ensure_cache, latent_scale, latent_statistics
 from ldm_jax.training.inputs import check_examples, open_source
 from ldm_jax.training.report import reconstruction_table, report
+from ldm_jax.training.text_cache import Embedded, with_embeddings
 
 logger = logging.getLogger(__name__)
 _TOKENIZER_CAPTIONS = 50_000
@@ -40,6 +40,7 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     """Trains what `config.task` says in `workdir`, from wherever it stopped, and leaves `model/`. Raises as `loop.train`."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batches(config, mesh)
+    workdir.check(config)
     source = open_source(config, workdir)
     check_components(config, workdir, source)
     workdir.claim(config, command, versions())
@@ -108,8 +109,7 @@ def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoenc
         tokenizer = init_from.initial_tokenizer(config)
     elif text.enabled and text.tokenizer != "train" and not (workdir.path / "tokenizer.json").exists():
         tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
-    about = Model(config.data.resolution, autoencoder.factor, autoencoder.latent_channels, dtype, tokenizer)
-    conditioning = build_conditioning(config.conditioning.to_dict(), about)
+    conditioning = conditioning_for(config, autoencoder, tokenizer)
     denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, autoencoder.latent_channels, dtype)
     build_loss(config.diffusion, denoiser.process)
     build_sampling(config.sample, denoiser)
@@ -120,7 +120,7 @@ def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoenc
         raise UserError(f"denoiser: {error}") from error
     if starts:
         init_from.check_denoiser(config.train.init_from, denoiser, params)
-    check_examples(source, conditioning, config.data.resolution)
+    check_examples(source, conditioning)
 
 
 def first_stage_workdir(config: ConfigDict, workdir: WorkDir) -> WorkDir | None:
@@ -267,9 +267,12 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: 
     encoder = Encoder(first_stage, params, _ENCODE_BATCH)
     first_stage = settle_latents(config, workdir, source, model, first_stage, encoder)
     tokenizer = ensure_tokenizer(config, workdir, source)
-    data: Source | LatentCache = source
+    data: Source | LatentCache | Embedded = source
     if config.data.cache:
-        data = ensure_cache(config, workdir, encoder, source)
+        data = latents = ensure_cache(config, workdir, encoder, source)
+        if config.conditioning.text.enabled and config.conditioning.text.frozen:
+            conditioning = conditioning_for(config, first_stage.network, tokenizer)
+            data = with_embeddings(config, workdir, conditioning, latents, init_from.starts(config, workdir))
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
     if init_from.starts(config, workdir):
         init_from.start_denoiser(stage, config.train.init_from)

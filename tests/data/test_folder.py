@@ -7,6 +7,7 @@ import pytest
 
 from ldm_jax.config import UserError
 from ldm_jax.data.folder import FolderSource
+from ldm_jax.data.reliable import Reliable
 from tests.data.pictures import gray_png, save
 from tests.data.test_boxes import coco
 
@@ -156,3 +157,12 @@ def test_folder_fingerprint_follows_names_content_and_what_is_asked_for(tmp_path
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
     seen.append(fingerprint("text"))
     assert len(set(seen)) == 8
+
+
+def test_a_link_to_nothing_is_a_broken_picture(tmp_path: Path) -> None:
+    save(tmp_path / "0.png")
+    (tmp_path / "1.png").symlink_to(tmp_path / "gone.png")
+    source = FolderSource(tmp_path)
+    assert source.names == ["0.png", "1.png"]
+    reliable = Reliable(source, tmp_path / "log")
+    assert reliable[1]["image"].shape == reliable[0]["image"].shape and reliable.broken == {1}

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm_jax.config import UserError
-from ldm_jax.data.pipeline import Batches, coin_flips, permuted, stack
+from ldm_jax.data.order import coin_flips, permuted
+from ldm_jax.data.pipeline import Batches, stack
 
 
 class Numbers:
@@ -131,7 +132,7 @@ def test_batched_reads_are_one_call() -> None:
 
 
 def threads() -> int:
-    return sum(thread.name.startswith("batches") for thread in threading.enumerate())
+    return sum(thread.name.startswith("reader") for thread in threading.enumerate())
 
 
 def test_threads_read_ahead_and_end_with_the_iterator() -> None:
@@ -152,6 +153,22 @@ def test_threads_read_ahead_and_end_with_the_iterator() -> None:
     assert 1 <= threads() <= 3  # the pool starts a thread only where none is idle
     iterator.close()
     assert threads() == 0
+
+
+def test_every_thread_has_something_to_read() -> None:
+    class Waiting(Numbers):
+        def __init__(self) -> None:
+            super().__init__(100)
+            self.together, self.first = threading.Barrier(6, timeout=20), itertools.count()
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if next(self.first) < 6:
+                self.together.wait()
+            return super().__getitem__(index)
+
+    iterator = Batches(Waiting(), 1, seed=0, workers=6).iterate()
+    next(iterator)
+    iterator.close()
 
 
 def test_errors_in_a_worker_reach_the_caller_and_end_the_threads() -> None:

@@ -102,3 +102,14 @@ def test_threads_agree_and_log_each_broken_example_once(tmp_path: Path) -> None:
         for start, values in enumerate(pool.map(run, range(8))):
             assert values == [max((start + i) % 64, 32) for i in range(64)]
     assert sorted(int(line.split("\t")[0]) for line in (tmp_path / "log").read_text().splitlines()) == list(range(32))
+
+
+def test_captions_do_not_depend_on_what_was_decoded_before(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"caption {i}")
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+    source = Reliable(FolderSource(tmp_path, ["text"]))
+    before = source.caption(0), source.size(0)
+    assert source[0]["text"] == "caption 1" and source.broken == {0}
+    assert (source.caption(0), source.size(0)) == before == ("caption 0", (12, 10))

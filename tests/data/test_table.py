@@ -131,13 +131,18 @@ def test_damaged_files_and_a_missing_package(tmp_path: Path, monkeypatch: pytest
         TableSource(tmp_path / "0.parquet", "train", KEYS)
 
 
+def damage(path: Path, group: int, column: str) -> None:
+    """Overwrites a column of a row group."""
+    parts = parquet.ParquetFile(path).metadata.row_group(group)
+    chosen = next(part for part in map(parts.column, range(parts.num_columns)) if part.path_in_schema == column)
+    content, start = bytearray(path.read_bytes()), chosen.dictionary_page_offset or chosen.data_page_offset
+    content[start : start + chosen.total_compressed_size] = b"\xff" * chosen.total_compressed_size
+    path.write_bytes(content)
+
+
 def test_a_damaged_row_group_breaks_its_rows_alone(tmp_path: Path) -> None:
     write_parquet(tmp_path / "0.parquet", table(0, 6))
-    column = parquet.ParquetFile(tmp_path / "0.parquet").metadata.row_group(1).column(0)
-    content = bytearray((tmp_path / "0.parquet").read_bytes())
-    start = column.dictionary_page_offset or column.data_page_offset
-    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    (tmp_path / "0.parquet").write_bytes(content)
+    damage(tmp_path / "0.parquet", 1, "image.bytes")
     source = Reliable(TableSource(tmp_path, "train", KEYS), None, max_broken=0.5)
     assert [int(source[i]["image"][0, 0, 0]) for i in range(6)] == [0, 1, 4, 4, 4, 5]
 
@@ -161,3 +166,33 @@ def test_row_groups_are_kept_up_to_a_limit_and_read_once_in_order(tmp_path: Path
     monkeypatch.setattr(table_files.ParquetTable, "_read", lambda self, group, columns: taken.append(group) or read(self, group, columns))
     source = TableSource(tmp_path, "train", KEYS)
     assert [int(source[i]["image"][0, 0, 0]) for i in range(6)] == list(range(6)) and taken == [0, 1, 2]
+
+
+def test_what_map_left_beside_the_data_is_not_read(tmp_path: Path) -> None:
+    write_stream(tmp_path / "data-00000-of-00001.arrow", table(0, 3))
+    write_stream(tmp_path / "cache-1234abcd.arrow", table(0, 3))
+    assert len(TableSource(tmp_path, "train", {"image": "image"})) == 3
+
+
+def test_a_cell_without_a_picture_is_broken(tmp_path: Path) -> None:
+    rows = table(0, 3)
+    cells = rows.column("image").to_pylist()
+    write_parquet(tmp_path / "a.parquet", rows.set_column(rows.schema.get_field_index("image"), "image", [[cells[0], None, cells[2]]]))
+    source = TableSource(tmp_path, "train", {"image": "image"})
+    for read in (source.__getitem__, source.size):
+        with pytest.raises(ValueError, match="it has no image"):
+            read(1)
+    assert Reliable(source).size(1) == source.size(2)
+
+
+def test_a_column_of_no_pictures_is_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", table(0, 3, number=[1, 2, 3]))
+    with pytest.raises(ValueError, match="its image is no picture but int"):
+        TableSource(tmp_path, "train", {"image": "number"})[0]
+
+
+def test_a_damaged_column_of_captions_is_one_line(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", table(0, 3))
+    damage(tmp_path / "a.parquet", 0, "caption")
+    with pytest.raises(UserError, match=r"the column 'caption' of .*a\.parquet is damaged \("):
+        TableSource(tmp_path, "train", KEYS, ["text"])

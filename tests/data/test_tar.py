@@ -196,3 +196,10 @@ def test_a_member_that_is_there_twice_counts_as_its_last(tmp_path: Path) -> None
         info.size = 5
         tar.addfile(info, BytesIO(b"later"))
     assert TarSource(path, ("text",))[0]["text"] == "later"
+
+
+def test_a_caption_that_is_no_text_takes_nothing_else_with_it(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", {"0.png": png(0), "0.txt": "a cat", "0.cls": "2", "1.png": png(1), "1.txt": b"caf\xe9", "1.cls": "3"})
+    assert [TarSource(tmp_path, ["label"])[i]["label"] for i in range(2)] == [2, 3]
+    with pytest.raises(UserError, match=r"1 of 2 pictures .* have no caption"):
+        TarSource(tmp_path, ["text"])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.nn.unet import UNet
+from ldm_jax.nn.unet import UNet, place_features
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -98,6 +98,24 @@ def test_variants_keep_the_shape(fields: dict[str, Any]) -> None:
     context = c if network.transformer_depth else None
     out, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, t, context, normal(2, 2, 8, 8, 3), normal(3, 2, 7))
     assert out.shape == x.shape
+
+
+def test_features_of_places_differ_and_are_shares_of_the_whole() -> None:
+    small, wide = place_features(4, 8, 32), place_features(8, 16, 32)
+    flat = small.reshape(32, -1)
+    distances = np.linalg.norm(flat[:, None] - flat, axis=-1)
+    assert distances[~np.eye(32, dtype=bool)].min() > 0.3
+    # The middle of two places of the finer grid is the place of the coarser one: in the slowest wave nearly so.
+    np.testing.assert_allclose(wide[:, :, 0].reshape(8, 8, 2).mean(-1)[::2], small[:, :, 0], atol=0.01)
+
+
+def test_a_network_that_knows_its_places_is_not_the_same_everywhere() -> None:
+    """The same latent everywhere, without padding's help: a 1x1 view of the middle of a large picture."""
+    params = random_params()
+    x = jnp.ones((2, 16, 16, 4))
+    blind, knowing = (run(params, x, *inputs()[1:], places=places, attention_levels=(1, 2)) for places in (False, True))
+    spread = [float(np.std(np.asarray(out)[:, 6:10:2, 6:10:2], axis=(1, 2)).mean()) for out in (blind, knowing)]
+    assert spread[1] > 3 * spread[0]
 
 
 def test_a_context_that_nothing_attends_to_is_an_error() -> None:

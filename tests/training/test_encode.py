@@ -1,5 +1,6 @@
 """Latent statistics and the latent cache against the moments computed one by one."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def test_what_a_killed_writer_left_is_finished_and_only_that(encoder: Encoder, t
     (directory / MARKER).unlink()
     shards[1].unlink()
     shards[2].write_bytes(content[2][:-100])
-    (directory / ".shard-00001-of-00003.array_record.1.tmp").write_bytes(b"half")
+    (leftover := directory / ".shard-00001-of-00003.array_record.1.tmp").write_bytes(b"half")
+    os.utime(leftover, (0, 0))
 
     written: list[int] = []
     shard = encode.CacheWriter.shard

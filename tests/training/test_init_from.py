@@ -183,7 +183,7 @@ def test_a_run_starts_from_a_model_and_takes_its_first_stage_and_tokenizer(tmp_p
         cfg = tiny.config()
         cfg.denoiser.attention_levels = (1,)
         cfg.data.update(source="shapes", size=16, resolution=32)
-        cfg.evaluate.update(prompts=1, held_out=0, guidance=(1.0,), guidance_prompts=1)
+        cfg.evaluate.update(prompts=2, held_out=0, guidance=(1.0,), guidance_prompts=1)
         for group in (cfg, cfg.first_stage):
             group.train.steps, group.optimizer.warmup = 2, 1
         return cfg
