@@ -26,8 +26,10 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
 def shapes() -> ConfigDict:
     config = presets.shapes()
+    config.train.steps = 3_900
     config.conditioning.mask.update(enabled=True)
     config.data.cache = False
+    config.evaluate.prompts = 512
     config.denoiser.transformer_depth = 0
     config.sample.guidance = 1.0
     return config

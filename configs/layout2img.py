@@ -25,8 +25,9 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
 def shapes() -> ConfigDict:
     config = presets.shapes()
+    config.train.steps = 3_200
     config.denoiser.places = True
-    config.conditioning.boxes.update(enabled=True, max_objects=3, vocab_size=1024, width=128, depth=2, num_heads=4, head_dim=32)
+    config.conditioning.boxes.update(enabled=True, kind="objects", max_objects=3, vocab_size=1024, width=128)
     return config
 
 

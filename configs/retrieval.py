@@ -23,6 +23,8 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
 def shapes() -> ConfigDict:
     config = presets.shapes()
+    config.train.steps = 3_200
+    config.denoiser.places = True
     config.conditioning.neighbors.update(enabled=True, count=4, width=192)
     return config
 

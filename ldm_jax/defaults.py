@@ -167,10 +167,11 @@ def base() -> ConfigDict:
                 },
                 "boxes": {
                     "enabled": False,
+                    "kind": "sequence",  # sequence (the paper's: three tokens a box, read by a transformer) | objects (an embedding a box)
                     "max_objects": 30,
                     "vocab_size": 8192,  # classes and places share the tokens
                     "width": 512,
-                    "depth": 16,
+                    "depth": 16,  # of a sequence, as are the heads
                     "num_heads": 8,
                     "head_dim": 64,
                     "drop_rate": 0.1,

@@ -17,7 +17,7 @@ from ldm_jax.conditioning.conditioners import (
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError
 from ldm_jax.nn.clip_text import CLIPText
-from ldm_jax.nn.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.nn.embedders import BoxEmbedder, ClassEmbedder, SpatialRescaler
 from ldm_jax.nn.t5 import T5Encoder
 from ldm_jax.nn.text_encoder import TextTransformer
 
@@ -81,9 +81,13 @@ def _label(group: Group, model: Model) -> Conditioner:
 
 
 def _boxes(group: Group, model: Model) -> Conditioner:
-    length = 3 * group["max_objects"] + 2
-    sizes = (group["vocab_size"], length, group["width"], group["depth"], group["num_heads"], group["head_dim"])
-    return BoxesConditioner(TextTransformer(*sizes, model.dtype), group["max_objects"], group["drop_rate"])
+    kind, sizes = group.get("kind", "sequence"), (group["vocab_size"], 3 * group["max_objects"] + 2, group["width"])
+    if kind not in ("sequence", "objects"):
+        raise UserError(f"conditioning.boxes.kind {kind!r} is not one of sequence, objects")
+    network: TextTransformer | BoxEmbedder = BoxEmbedder(*sizes, model.dtype)
+    if kind == "sequence":
+        network = TextTransformer(*sizes, group["depth"], group["num_heads"], group["head_dim"], model.dtype)
+    return BoxesConditioner(network, group["max_objects"], group["drop_rate"])
 
 
 def _segmentation(group: Group, model: Model) -> Conditioner:

@@ -15,7 +15,7 @@ import numpy as np
 from ldm_jax.conditioning.conditioner import Arrays, Params
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError
-from ldm_jax.nn.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.nn.embedders import BoxEmbedder, ClassEmbedder, SpatialRescaler
 from ldm_jax.nn.text_encoder import TextTransformer
 
 _NO_CLASS = 255  # of a semantic map: a pixel that no channel of the one-hot map stands for
@@ -153,7 +153,7 @@ class BoxesConditioner:
     and appendix E.2.2; table 17). `boxes_of` reads tokens back.
     """
 
-    network: TextTransformer
+    network: TextTransformer | BoxEmbedder
     max_objects: int
     drop_rate: float
     name: str = "boxes"

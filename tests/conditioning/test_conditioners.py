@@ -16,6 +16,7 @@ from ldm_jax.conditioning.conditioners import BoxesConditioner, TextConditioner
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError
 from ldm_jax.defaults import base
+from ldm_jax.nn.embedders import BoxEmbedder
 from ldm_jax.nn.text_encoder import TextTransformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -428,3 +429,23 @@ def test_any_label_is_taken_or_refused(label: int) -> None:
     else:
         with pytest.raises(UserError, match="labels must"):
             c.prepare({"label": [label]})
+
+
+def test_an_embedding_for_each_box_tells_class_and_place() -> None:
+    c = BoxesConditioner(BoxEmbedder(1024, 14, 32), 4, 0.1)
+    params = jax.jit(c.init)(jax.random.key(0))
+    one, two = [7, 0.1, 0.2, 0.4, 0.6], [3, 0.5, 0.5, 0.9, 0.8]
+
+    def embedded(rows: list, **crop: Any) -> np.ndarray:
+        return np.asarray(c.apply(params, c.prepare({"boxes": [rows], **crop}))["crossattn"])[0]
+
+    both = embedded([one, two])
+    assert both.shape == (5, 32)
+    np.testing.assert_allclose(both[[1, 0, 2, 3, 4]], embedded([two, one]), atol=1e-6)
+    np.testing.assert_allclose(both[[0, 2, 3, 4]], embedded([one])[[0, 1, 3, 4]], atol=1e-6)  # one box does not change another
+    np.testing.assert_allclose(both[2], both[3], atol=1e-6)  # no boxes, whatever place their tokens would have
+    for other in ([8, *one[1:]], [7, 0.3, 0.2, 0.6, 0.6], [7, 0.1, 0.2, 0.4, 0.9]):
+        assert np.abs(embedded([other, two])[0] - both[0]).max() > 0.01
+    moved = embedded([one, two], crop=[[0.0, 0.0, 0.5, 1.0]])
+    np.testing.assert_allclose(moved[:4], both[:4], atol=1e-6)
+    assert np.abs(moved[4] - both[4]).max() > 0.01 and np.abs(both[4] - both[3]).max() > 0.01

@@ -48,10 +48,6 @@ def updated(stage: DiffusionStage, steps: int = 2) -> tuple[Any, Any, list[float
 @pytest.mark.parametrize(
     "settings",
     [
-        {"process": "sigma", "prediction": "edm", "weighting": "edm", "time_sampling": "edm"},
-        {"process": "cosine", "prediction": "v", "weighting": "sigmoid", "weight_offset": -1.0, "shift": 0.5},
-        {"schedule": "linear", "prediction": "v", "zero_terminal_snr": True, "weighting": "soft_min_snr"},
-        {"schedule": "given", "num_steps": 4, "betas": (0.1, 0.2, 0.3, 0.5), "sample": {"steps": 2}},
         {
             "prediction": "eps",
             "vlb_weight": 0.001,
@@ -60,7 +56,16 @@ def updated(stage: DiffusionStage, steps: int = 2) -> tuple[Any, Any, list[float
             "input_perturbation": 0.1,
             "loss": "huber",
         },
-        {"process": "flow", "prediction": "flow", "time_sampling": "mode", "mode_scale": 1.29, "learn_log_variance": True},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                {"process": "sigma", "prediction": "edm", "weighting": "edm", "time_sampling": "edm"},
+                {"process": "cosine", "prediction": "v", "weighting": "sigmoid", "weight_offset": -1.0, "shift": 0.5},
+                {"schedule": "linear", "prediction": "v", "zero_terminal_snr": True, "weighting": "soft_min_snr"},
+                {"schedule": "given", "num_steps": 4, "betas": (0.1, 0.2, 0.3, 0.5), "sample": {"steps": 2}},
+                {"process": "flow", "prediction": "flow", "time_sampling": "mode", "mode_scale": 1.29, "learn_log_variance": True},
+            )
+        ),
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )

@@ -48,7 +48,8 @@ def pixels() -> np.ndarray:
     return np.stack([tiny.Pictures()[i]["image"] for i in range(16)]) / 127.5 - 1
 
 
-@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_quantised_first_stage(ema: float, config: ConfigDict, tmp_path: Path) -> None:
     tiny.quantised(config, ema)
     workdir = run(config, WorkDir(tmp_path / "run"), ["train"])

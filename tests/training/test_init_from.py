@@ -151,6 +151,7 @@ def test_an_autoencoder_of_other_norms_is_another() -> None:
     assert init_from.autoencoder_differences(stages[0], other) == ["first_stage.norm_groups: [2, 4] there, [4, 4] here"]
 
 
+@pytest.mark.slow
 def test_a_frozen_text_encoder_stays_and_has_no_moments() -> None:
     cfg = tiny.config()
     cfg.denoiser.attention_levels = (1,)
