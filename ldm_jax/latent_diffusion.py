@@ -272,7 +272,12 @@ class LatentDiffusion:
         return picture_size(asked, pictures, factor * network.multiple, self.info["resolution"])
 
     def _with_tiles(self, sampling: Sampling, asked: SimpleNamespace) -> Sampling:
-        factor, multiple = self.first_stage.network.factor, self._needs_denoiser().network.multiple
+        network = self._needs_denoiser().network
+        factor, multiple = self.first_stage.network.factor, network.multiple
+        if asked.tile is not None and ("boxes" in self.inputs or getattr(network, "places", False)):
+            raise UserError(
+                "tile: this model is told places in the whole picture, which a window of it is not; decode_tile has no such limit"
+            )
         passes = 1 if asked.tile_passes is None else asked.tile_passes
         decode = make_tiles(asked.decode_tile or asked.tile, factor, passes=passes)
         return replace(sampling, tiles=make_tiles(asked.tile, factor, multiple), decode_tiles=decode)

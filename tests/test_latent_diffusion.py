@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,14 @@ def test_pictures_larger_than_those_of_training(model: LatentDiffusion) -> None:
         model.sample(prompts=PROMPTS[:2], size=(side, side), init_images=np.zeros_like(drawn), strength=0.5)
     with pytest.raises(UserError, match=rf"multiples of \d+: {side}x{side}, not {side + 1}x{side}"):
         model.sample(prompts=PROMPTS[:2], size=(side + 1, side))
+
+
+def test_windows_of_a_picture_are_told_no_places_in_the_whole(model: LatentDiffusion) -> None:
+    knowing = replace(model.denoiser, network=replace(model.denoiser.network, places=True))
+    placed = LatentDiffusion(model.first_stage, knowing, model.params, model.info)
+    side = model.info["resolution"]
+    with pytest.raises(UserError, match="told places in the whole picture"):
+        placed.sample(prompts=PROMPTS[:1], steps=1, tile=side, size=(2 * side, 2 * side))
 
 
 def test_large_pictures_in_tiles(model: LatentDiffusion) -> None:
