@@ -2,10 +2,10 @@
 PYTHON ?= python3
 ACCELERATOR ?= cpu
 WORKDIR ?= runs/txt2img
-JOBS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-# With JOBS=2, in two processes; a file of tests stays in one, for what its tests share.
+# In two processes; a file of tests stays in one, for what its tests share. JOBS= is one process.
 PYTEST := $(BIN)/python -m pytest $(if $(JOBS),--numprocesses $(JOBS) --dist loadfile)
 EXTRA_cuda := jax[cuda13]
 EXTRA_tpu := jax[tpu]

@@ -77,7 +77,7 @@ def picture(path: Path) -> None:
         ("missing.py", (), "no configuration file at missing.py"),
         (f"{ROOT}/configs/txt2img.py:huge", (), "no preset 'huge'; it has shapes, smoke"),
         (SMOKE, ("--config.task=paint",), "autoencoder, diffusion"),
-        (SMOKE, ("--config.data.resolution=30",), "data.resolution 30 is not divisible by the autoencoder's factor 4"),
+        (SMOKE, ("--config.data.resolution=30",), "data.resolution: 30 pixels are not divisible by the autoencoder's factor 4"),
         (SMOKE, ("--config.train.dtype=int8",), "train.dtype"),
         (SMOKE, ("--num-processes=2",), "give all three"),
     ],
@@ -382,18 +382,19 @@ def test_an_image_obeys_its_class(models: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("condition", "arguments", "message"),
     [
-        ("text", ("--label", "3"), "this model takes no --label: it takes --prompt"),
-        ("label", ("--prompt", "a red circle"), "this model takes no --prompt: it takes --label"),
-        ("label", ("--label", "3", "--negative", "a red circle"), "this model takes no --prompt: it takes --label"),
-        ("label", ("--num", "3"), "this model needs --label: one for every image, or one for each"),
+        ("text", ("--class", "3"), "this model takes no --class: it takes --prompt"),
+        ("text", ("--crop", "0", "0", "1", "1"), "this model takes no --crop: it takes --prompt"),
+        ("label", ("--prompt", "a red circle"), "this model takes no --prompt: it takes --class"),
+        ("label", ("--label", "3", "--negative", "a red circle"), "this model takes no --negative: it takes --class"),
+        ("label", ("--num", "3"), "this model needs --class: one for every image, or one for each"),
         ("label", ("--label", "8"), "labels must lie in [0, 8), not 8 to 8"),
         ("label", ("--label", "-1"), "labels must lie in [0, 8), not -1 to -1"),
         ("label", ("--label", "99999999999"), "labels must be int32 numbers"),
         ("label", ("--label", "red"), "argument --label/--class: invalid int value: 'red'"),
         ("label", ("--label", "1", "2", "--num", "3"), "2 label for 3 images: give one, or one for each image"),
-        ("text and label", ("--prompt", "a red circle"), "this model needs --label"),
+        ("text and label", ("--prompt", "a red circle"), "this model needs --class"),
         ("nothing", ("--prompt", "a red circle"), "this model takes no --prompt: it takes --num alone"),
-        ("nothing", ("--label", "3"), "this model takes no --label: it takes --num alone"),
+        ("nothing", ("--label", "3"), "this model takes no --class: it takes --num alone"),
         ("boxes", (), "this model needs --boxes: one for every image, or one for each"),
         ("boxes", ("--prompt", "a red circle"), "this model takes no --prompt: it takes --boxes"),
         ("boxes", ("--boxes", "missing.json"), "cannot read boxes from missing.json"),
@@ -462,6 +463,6 @@ def test_a_first_stage_of_another_shape(model: Path, run: Run, tmp_path: Path) -
     stage, params = first_stage(cfg)
     LatentDiffusion(stage, None, {"first_stage": params}, {"task": "autoencoder", "resolution": 16}).save(tmp_path / "first")
     arguments = ("--config.first_stage.path=first", "--config.data.resolution=16", *EIGHT)
-    assert "latents of 1x1 cannot be halved" in refused(run(train.main, "--config", SMOKE, "--workdir", "runs/new", *arguments))
+    assert "a side of 1 latents cannot be halved" in refused(run(train.main, "--config", SMOKE, "--workdir", "runs/new", *arguments))
     assert "no denoiser" in refused(run(sample.main, "--model", "first", "--output", "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["first"]

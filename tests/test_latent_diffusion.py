@@ -438,7 +438,8 @@ def test_a_weak_model_guides(model: LatentDiffusion, stage: Any) -> None:
     [
         ({"strength": 0.5}, "strength and holes are of init_images"),
         ({"init_images": np.zeros((1, 8, 8, 3), np.uint8)}, "started from with strength"),
-        ({"init_images": np.zeros((2, 8, 8, 3), np.uint8), "strength": 0.5}, r"init_images must be \[1 or 3,"),
+        ({"init_images": np.zeros((3, 16, 16, 3), np.float32), "strength": 0.5}, "init_images must be uint8 .*, not float32"),
+        ({"init_images": np.zeros((2, 8, 8, 3), np.uint8), "strength": 0.5}, r"init_images must be uint8 \[1 or 3,.*, not uint8"),
         ({"guidance": 1.0, "guidance_rescale": 0.7}, "guidance_rescale has no effect with a scale of 1"),
         ({"guidance_kind": "cfg++", "guidance": 3.0, "sampler": "ddim"}, "'cfg\\+\\+' takes a scale from 0 to 1"),
         ({"guidance_kind": "cfg++", "guidance": 0.5, "sampler": "dpmpp_2m"}, "renoising in sampler 'ddim'"),

@@ -60,7 +60,7 @@ class Bucketed(Layer):
 def picture_sizes(source: Any, workers: int) -> np.ndarray:
     """Height and width of every picture of a source, int32 [N,2], with a progress bar."""
     indices = tqdm(range(len(source)), desc="sizes of pictures", unit="image", mininterval=5)
-    with closing(read_ahead(source.size, indices, max(workers, 1), 64)) as sizes:
+    with closing(read_ahead(Layer(source).size, indices, max(workers, 1), 64)) as sizes:
         return np.array(list(sizes), np.int32)
 
 

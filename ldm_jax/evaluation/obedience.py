@@ -65,7 +65,8 @@ def segment(image: np.ndarray) -> np.ndarray:
 def scores(condition: str, images: np.ndarray, examples: Sequence[Example]) -> Scores:
     """How well pictures obey the condition they were made under; a score of 1 is the best but for `psnr` (dB) and `change` (levels).
 
-    label: `class`, and its `color` and `shape`, of the object read with the largest radius; `count`, whether it is the only one.
+    label: `class`, and its `color` and `shape`, of the object read with the largest radius; `count`, whether there are as many as in the
+      scene.
     boxes: `iou`, the boxes read matched one to one with those given, what is left over of either counting as 0; `count`; `color`, `shape`
       and `class` of the object matched with a box, where its centre is in the box.
     segmentation: of the map read off the picture, `pixels` that agree, `object_pixels` (those where an object is asked for) and `iou`, the
@@ -146,7 +147,7 @@ _NOTHING = Found(-1, -1, 0.0, 0.0, 0.0, 0.0, (0.0, 0.0, 0.0, 0.0))
 def _label(image: np.ndarray, example: Example) -> dict[str, float]:
     objects = oracle.read_scene(image).objects
     row = _is_class(max(objects, key=lambda item: item.radius, default=_NOTHING), int(example["label"]))
-    return {**row, "count": len(objects) == 1}
+    return {**row, "count": len(objects) == len(example["boxes"])}
 
 
 def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -287,7 +288,7 @@ def _unconditional(image: np.ndarray, example: Example) -> dict[str, float]:
 
 
 _MEASURES: dict[str, tuple[Callable[[np.ndarray, Example], dict[str, float]], tuple[str, ...]]] = {
-    "label": (_label, ("label",)),
+    "label": (_label, ("label", "boxes")),
     "boxes": (_boxes, ("boxes",)),
     "segmentation": (_segmentation, ("segmentation",)),
     "low_res": (_low_res, ("image", "text")),

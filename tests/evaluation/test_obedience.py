@@ -110,8 +110,8 @@ def test_another_class_scores_by_colour_and_shape() -> None:
 def test_the_class_is_that_of_the_largest_radius() -> None:
     """A ring of radius 12 covers less than a square of radius 11."""
     scene = Scene(0, (Object(RED, 3, 16, 16, 12), Object(BLUE, SQUARE, 46, 46, 11)))
-    assert score("label", draw(scene, 64)[0], example_of(scene)) == {"class": 1, "color": 1, "shape": 1}
-    assert score("label", np.full((64, 64, 3), 128, np.uint8), example_of(scene)) == {"class": 0, "color": 0, "shape": 0}
+    assert score("label", draw(scene, 64)[0], example_of(scene)) == {"class": 1, "color": 1, "shape": 1, "count": 1}
+    assert score("label", np.full((64, 64, 3), 128, np.uint8), example_of(scene)) == {"class": 0, "color": 0, "shape": 0, "count": 0}
 
 
 @pytest.mark.parametrize("shape", range(5))
