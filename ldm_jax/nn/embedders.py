@@ -6,7 +6,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dense, Dtype, downsample_mean, gelu
+from ldm_jax.nn.layers import Array, Dense, Dtype, downsample_mean, gelu, share_waves
 
 
 class ClassEmbedder(nn.Module):
@@ -53,12 +53,11 @@ class BoxEmbedder(nn.Module):
         return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)(x)
 
     def _waves(self, first: Array, second: Array) -> Array:
-        """Cells of two corners [B,n] to sines and cosines [B,n,8 * (width // 4)] of centre and size, in waves of 4 pictures to 1/4."""
+        """Cells of two corners [B,n] to `share_waves` [B,n,8 * (width // 4)] of centre and size."""
         sections = math.isqrt(self.vocab_size - 1)
         corners = jnp.stack([jnp.stack([cell % sections, cell // sections], -1) / (sections - 1) for cell in (first, second)])
         about = jnp.concatenate([corners.mean(0), corners[1] - corners[0]], axis=-1)
-        angles = about[..., None] * (jnp.pi / 2 * 16 ** jnp.linspace(0, 1, self.width // 4))
-        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*first.shape, -1)
+        return share_waves(about, self.width // 4).reshape(*first.shape, -1)
 
 
 class SpatialRescaler(nn.Module):

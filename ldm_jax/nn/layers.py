@@ -121,6 +121,12 @@ def gelu(x: Array) -> Array:
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * np.sqrt(0.5).astype(wide.dtype)))).astype(x.dtype)
 
 
+def share_waves(shares: Array, rates: int) -> Array:
+    """Sines, then cosines, [...,2 * rates] of shares [...] of a picture, in waves of 4 pictures' length to a quarter of one."""
+    angles = shares[..., None] * (jnp.pi / 2 * 16 ** jnp.linspace(0, 1, rates))
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 def timestep_embedding(t: Array, dim: int, max_period: float = 10_000.0) -> Array:
     """Sinusoidal features [cos, sin] of t ([B], any real) -> [B, dim] in at least float32 (Vaswani et al. 2017, section 3.5)."""
     half = dim // 2

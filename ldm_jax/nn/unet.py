@@ -2,25 +2,17 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
-from ldm_jax.nn.layers import Array, Conv, Dense, Dtype, ResBlock, norm, norm_groups, timestep_embedding, zeros
+from ldm_jax.nn.layers import Array, Conv, Dense, Dtype, ResBlock, norm, norm_groups, share_waves, timestep_embedding, zeros
 
 REMAT = ("none", "blocks")
 
 
-def place_features(height: int, width: int, channels: int) -> np.ndarray:
-    """Sines and cosines of a grid's places, float64 [height,width,channels]: of the column and of the row, each in shares of the whole, in
-    waves of 4 pictures' length to a quarter of one."""
-    rates = np.pi / 2 * 16 ** np.linspace(0, 1, -(-channels // 4))
-
-    def line(count: int) -> np.ndarray:
-        angles = (np.arange(count)[:, None] + 0.5) / count * rates
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-    columns, rows = np.broadcast_arrays(line(width)[None], line(height)[:, None])
-    return np.concatenate([columns, rows], axis=-1)[..., :channels]
+def place_features(height: int, width: int, channels: int) -> Array:
+    """`share_waves` of a grid's places [height,width,channels]: of the column and of the row, each in shares of the whole."""
+    columns, rows = (share_waves((jnp.arange(count) + 0.5) / count, -(-channels // 4)) for count in (width, height))
+    return jnp.concatenate(jnp.broadcast_arrays(columns[None], rows[:, None]), axis=-1)[..., :channels]
 
 
 class UNet(nn.Module):

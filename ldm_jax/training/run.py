@@ -267,14 +267,15 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: 
     encoder = Encoder(first_stage, params, _ENCODE_BATCH)
     first_stage = settle_latents(config, workdir, source, model, first_stage, encoder)
     tokenizer = ensure_tokenizer(config, workdir, source)
+    starts = init_from.starts(config, workdir)
     data: Source | LatentCache | Embedded = source
     if config.data.cache:
         data = latents = ensure_cache(config, workdir, encoder, source)
         if config.conditioning.text.enabled and config.conditioning.text.frozen:
             conditioning = conditioning_for(config, first_stage.network, tokenizer)
-            data = with_embeddings(config, workdir, conditioning, latents, init_from.starts(config, workdir))
+            data = with_embeddings(config, workdir, conditioning, latents, starts)
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
-    if init_from.starts(config, workdir):
+    if starts:
         init_from.start_denoiser(stage, config.train.init_from)
     state = loop.train(stage, workdir, mesh)
     trained = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from functools import cache
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from ldm_jax import config as configs
 from ldm_jax.conditioning.conditioner import Conditioning
 from ldm_jax.conditioning.conditioners import TextConditioner
 from ldm_jax.config import UserError, WorkDir
-from ldm_jax.data.latents import LatentCache, cache_fingerprint, is_complete, weights_fingerprint
+from ldm_jax.data.latents import LatentCache, cache_fingerprint, weights_fingerprint
 from ldm_jax.data.pipeline import read_ahead
 from ldm_jax.data.reliable import Layer
 from ldm_jax.model_directory import Params, find_finished, load_params
@@ -81,30 +82,33 @@ def with_embeddings(config: ConfigDict, workdir: WorkDir, conditioning: Conditio
     """
     conditioner = next(c for c in conditioning.conditioners if isinstance(c, TextConditioner))
     note = workdir.path / "text_encoder.json"
+    given = cache(lambda: _weights(config))  # read where they are needed, and once
     if starts or not note.exists():
-        configs.write_json(note, {"weights": weights_fingerprint(_weights(config))})
+        configs.write_json(note, {"weights": given()[1]})
     known = json.loads(note.read_text())["weights"]
-    mark = _fingerprint(config, conditioner, known, latents)
-    directory = cache_directory(config, workdir, mark)
-    if is_complete(directory, mark):
-        return Embedded(latents, LatentCache(directory, mark))
-    params = _weights(config)
-    if weights_fingerprint(params) != known:
-        raise UserError(
-            f"train.init_from={config.train.init_from} has another text encoder than the one that {workdir.path} has learnt with"
-        )
-    encoder = TextEncoder(conditioner, params)
+
+    @cache
+    def encoder() -> TextEncoder:
+        params, weights = given()
+        if weights != known:
+            raise UserError(
+                f"train.init_from={config.train.init_from} has another text encoder than the one that {workdir.path} has learnt with"
+            )
+        return TextEncoder(conditioner, params)
 
     def make(examples: range, views: int) -> Generator[dict[str, Any], None, None]:
-        return embedded(encoder, latents, examples)
+        return embedded(encoder(), latents, examples)
 
+    mark = _fingerprint(config, conditioner, known, latents)
+    directory = cache_directory(config, workdir, mark)
     # One more than there are pictures: the last is the empty caption's.
     return Embedded(latents, ensure_written(directory, {"fingerprint": mark}, len(latents) + 1, _SHARD, make))
 
 
-def _weights(config: ConfigDict) -> Params:
-    """The parameters of the text encoder that the run starts from. Raises UserError."""
-    return load_params(find_finished(config.train.init_from) / "conditioner")["text"]
+def _weights(config: ConfigDict) -> tuple[Params, str]:
+    """The parameters of the text encoder that the run starts from, and their fingerprint. Raises UserError."""
+    params = load_params(find_finished(config.train.init_from) / "conditioner")["text"]
+    return params, weights_fingerprint(params)
 
 
 def _fingerprint(config: ConfigDict, conditioner: TextConditioner, weights: str, latents: LatentCache) -> str:
@@ -120,7 +124,8 @@ def embedded(encoder: TextEncoder, latents: LatentCache, examples: range) -> Gen
     """The embeddings of those examples; at the index after the last example of the latents, of the empty caption."""
 
     def captions(piece: range) -> list[str | list[str]]:
-        return [latents[i]["text"] if i < len(latents) else "" for i in piece]
+        stored = latents.read([i for i in piece if i < len(latents)])
+        return [*(example["text"] for example in stored), *([""] if len(latents) in piece else [])]
 
     with closing(read_ahead(captions, split(examples, _BATCH), 1, 1)) as batches:
         for batch in batches:
