@@ -117,7 +117,8 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
         for path, leaf in one.items():
             assert leaf.dtype == other[path].dtype and leaf.tobytes() == other[path].tobytes(), path
         assert losses(killed / stage) == losses(undisturbed / stage)
-    assert not list(killed.glob("latents/*/.*.tmp"))
+    # What a killed writer left may be another run's for an hour, but is never part of the cache (tests/data/test_latents.py).
+    assert len(list(killed.glob("latents/*/*.array_record"))) == len(list(undisturbed.glob("latents/*/*.array_record")))
 
     check_more_steps(undisturbed, log)
 
