@@ -44,7 +44,7 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 # torch is pinned, so that no peer pulls a build with several gigabytes of CUDA.
 $(VENV)/.peers: $(VENV)/.dev tests/peers/constraints.txt
 	$(BIN)/pip install --quiet -c tests/peers/constraints.txt torch diffusers transformers accelerate
-	$(BIN)/pip install --quiet --no-deps -c tests/peers/constraints.txt lpips
+	$(BIN)/pip install --quiet --no-deps -c tests/peers/constraints.txt lpips torch-fidelity
 	touch $@
 
 clean:

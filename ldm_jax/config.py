@@ -151,7 +151,11 @@ def from_flat(values: dict[str, Any]) -> ConfigDict:
 
 def from_command(spec: str, overrides: list[str]) -> ConfigDict:
     """The configuration of a command line: a file and `--config.a.b=v` arguments. Raises UserError."""
-    config = load_file(spec)
+    return overridden(load_file(spec), overrides)
+
+
+def overridden(config: ConfigDict, overrides: list[str]) -> ConfigDict:
+    """The configuration, changed by `--config.a.b=v` arguments and checked. Raises UserError."""
     for argument in overrides:
         match = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
         if not match:
@@ -204,6 +208,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"first_stage.codebook.beta must be a finite number from 0 up, not {codebook.beta}")
     if config.evaluate.prompts < 2:
         raise UserError(f"evaluate.prompts must be at least 2, as scenes exchange their conditions, not {config.evaluate.prompts}")
+    if config.evaluate.every < 0:
+        raise UserError(f"evaluate.every must be 0 (no evaluations while training) or more, not {config.evaluate.every}")
     if not config.evaluate.guidance or config.evaluate.held_out < 0:
         raise UserError("evaluate.guidance needs at least one scale, and evaluate.held_out may not be negative")
     if config.task == "autoencoder" or not config.first_stage.path:
@@ -237,7 +243,7 @@ def latent_factor(first_stage: ConfigDict) -> int:
 _POSITIVE = {
     "data": ("resolution", "size", "workers"),
     "sample": ("every", "steps", "batch_size"),
-    "evaluate": ("guidance_prompts",),
+    "evaluate": ("guidance_prompts", "examples", "samples"),
     "checkpoint": ("every", "keep"),
 }
 
@@ -377,6 +383,7 @@ class WorkDir:
         self.config = self.path / "config.json"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.evaluations = self.path / "evaluations"
         self.model = self.path / "model"
         self.latents = self.path / "latents"
 

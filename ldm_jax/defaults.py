@@ -257,6 +257,12 @@ def base() -> ConfigDict:
                 "held_out": 200,  # prompts with colour-shape pairs never seen
                 "guidance": (1.0, 2.0, 3.0, 4.0, 6.0),  # tried on other prompts; the best is reported
                 "guidance_prompts": 48,
+                "every": 0,  # updates between evaluations while training (evaluations/*.json), by the first EMA; 0: none
+                "examples": 256,  # held-out examples that losses are measured on
+                "path": "",  # their data.path, ...
+                "split": "",  # ... or data.split; drawn scenes need neither
+                "samples": 64,  # drawn for each evaluation
+                "inception": "",  # weights for the FID and MIND of these; "": LDM_INCEPTION, or mean colours alone
             },
             "checkpoint": {"every": 1000, "keep": 2},
             "mesh": {"data": -1, "fsdp": 1},  # -1: the remaining devices

@@ -76,7 +76,7 @@ class LatentDiffusion:
 
     def __init__(self, first_stage: FirstStage, denoiser: Denoiser | None, params: Params, info: dict[str, Any]) -> None:
         self.first_stage, self.denoiser, self.info = first_stage, denoiser, info
-        self.mesh = make_mesh()
+        self.mesh = make_mesh(devices=jax.local_devices())  # of several processes each has a model of its own
         self.params = jax.device_put(params, replicated(self.mesh))
 
     @property
@@ -166,6 +166,7 @@ class LatentDiffusion:
         tile: int | None = None,
         decode_tile: int | None = None,
         tile_passes: int | None = None,
+        first: int | None = None,
         **inputs: Sequence[Any],
     ) -> np.ndarray:
         """Draws images, uint8 [N,H,W,3]. What is not given is the model's own default (`info["sample"]`).
@@ -186,6 +187,7 @@ class LatentDiffusion:
           tile: in overlapping windows of so many pixels, blended at every step, and encoded and decoded in windows too;
           decode_tile: in windows of so many pixels when they are encoded and decoded alone;
           tile_passes: see `sampling.Tiles`, 1 by default.
+          first: the number of the first image, 0 by default: images 0 to 99 are the same drawn at once, or 0 to 49 and then 50 to 99.
           **inputs: what the model's conditioners take, by their names, one an image: `label`, `boxes`, `segmentation`, `low_res`,
             `neighbors`; `boxes` may come with `crop`, x0, y0, x1, y1 of the part of the whole that is drawn; an inpainting model
             takes `image` and `mask`, and what is outside of the hole comes back as it was.
@@ -293,10 +295,11 @@ class LatentDiffusion:
             raise UserError(f"noise must be {[total, *shape]}, not {list(asked.noise.shape)}")
 
         def of(index: np.ndarray) -> GenerateInputs:
-            noise = np.asarray(initial_noise(seed, index, shape)) if asked.noise is None else asked.noise[index]
+            numbers = index + (asked.first or 0)
+            noise = np.asarray(initial_noise(seed, numbers, shape)) if asked.noise is None else asked.noise[index]
             init = None if pictures is None or asked.strength is None else pictures[index]
             known = None if holes is None or pictures is None else Known(pictures[index], holes[index])
-            return GenerateInputs(noise, image_keys(seed, index), {}, init=init, known=known)
+            return GenerateInputs(noise, image_keys(seed, numbers), {}, init=init, known=known)
 
         return of
 

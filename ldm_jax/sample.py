@@ -32,7 +32,6 @@ def parser() -> cli.Parser:
     told.add_argument("--mask", nargs="+", metavar="PICTURE", help="white where --image is painted anew, black where it stays")
     told.add_argument("--neighbors", metavar="FILE", help=".npy of embeddings, [n,D], or [N,n,D] for N images; see ldm_jax.neighbors")
     p.add_argument("--num", type=int, help="images (default: one for each input)")
-    p.add_argument("--steps", type=int)
     p.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: as in training)")
     p.add_argument("--tile", type=int, metavar="PIXELS", help="draw and decode large pictures in overlapping windows, blended")
     p.add_argument("--decode-tile", type=int, metavar="PIXELS", help="encode and decode them so, but draw them as one")
@@ -41,6 +40,19 @@ def parser() -> cli.Parser:
         type=int,
         help="0: the autoencoder's windows are independent; 1 (default) or more: statistics of the whole picture",
     )
+    p.add_argument("--weak", help="a work or model directory: a weaker model to move away from (autoguidance)")
+    p.add_argument("--init-image", help="a picture to start from (--strength), or to keep outside a hole (--hole), by any model")
+    p.add_argument("--strength", type=float, help="in (0, 1]: the share of the steps that are run from --init-image")
+    p.add_argument("--hole", help="a picture, white where --init-image is painted anew and black where it stays")
+    p.add_argument("--states", type=int, metavar="K", help="also write states.png: a row for each image, its states after every K steps")
+    p.add_argument("--npz", action="store_true", help="also write samples.npz, as ADM's evaluation takes it")
+    add_drawing(p)
+    return p
+
+
+def add_drawing(p: cli.Parser) -> None:
+    """The flags of how samples are drawn, and by which weights of a run."""
+    p.add_argument("--steps", type=int)
     p.add_argument("--guidance", type=float, nargs="+", help="scale, 1 is none; one number, or one for each image")
     p.add_argument("--guidance-kind", choices=("cfg", "cfg++", "apg"))
     p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="levels of sigma/alpha that are guided")
@@ -48,12 +60,6 @@ def parser() -> cli.Parser:
     p.add_argument("--guidance-parallel", type=float, help="apg: share of the difference along the picture that is kept")
     p.add_argument("--guidance-radius", type=float, help="apg: largest norm of the difference, 0 for none")
     p.add_argument("--guidance-momentum", type=float, help="apg: factor of the differences before, usually negative")
-    p.add_argument("--weak", help="a work or model directory: a weaker model to move away from (autoguidance)")
-    p.add_argument("--init-image", help="a picture to start from (--strength), or to keep outside a hole (--hole), by any model")
-    p.add_argument("--strength", type=float, help="in (0, 1]: the share of the steps that are run from --init-image")
-    p.add_argument("--hole", help="a picture, white where --init-image is painted anew and black where it stays")
-    p.add_argument("--states", type=int, metavar="K", help="also write states.png: a row for each image, its states after every K steps")
-    p.add_argument("--npz", action="store_true", help="also write samples.npz, as ADM's evaluation takes it")
     p.add_argument("--sampler")
     p.add_argument("--spacing")
     p.add_argument("--eta", type=float)
@@ -62,7 +68,6 @@ def parser() -> cli.Parser:
     p.add_argument("--step", type=int, help="of a work directory: the checkpoint to use in place of the finished model")
     p.add_argument("--ema", help="of a work directory: the decay of the average to use")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    return p
 
 
 def read_prompts(prompt: str | None, file: str | None) -> list[str] | None:

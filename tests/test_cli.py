@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 import ldm_jax
@@ -21,9 +20,6 @@ from ldm_jax import config as configs
 from ldm_jax.data.embeddings import mean_colors
 from ldm_jax.data.transforms import center_crop, fit
 from ldm_jax.latent_diffusion import LatentDiffusion
-from ldm_jax.stages import FirstStage, build_autoencoder, init_autoencoder
-from ldm_jax.training.diffusion import DiffusionStage
-from ldm_jax.training.run import model_info
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -187,18 +183,6 @@ def test_a_fresh_process_leaves_nothing_either(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def random_like(shapes: Any) -> Any:
-    """Parameters without a compiled initialisation, large enough for conditions to matter."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: (rng.normal(size=s.shape) / max(1, np.prod(s.shape[:-1])) ** 0.5).astype(np.float32), shapes)
-
-
-def first_stage(cfg: ConfigDict) -> tuple[FirstStage, Any]:
-    stage = FirstStage(build_autoencoder(cfg.first_stage.to_dict(), np.float32))
-    key = jax.random.key(0)
-    return stage, random_like(jax.eval_shape(lambda k: init_autoencoder(stage.network, k, cfg.data.resolution), key))
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`models(condition)`: the directory of an untrained model that is told a text, a label, boxes, text and label, or nothing."""
@@ -216,12 +200,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if condition in ("segmentation", "low_res", "mask", "neighbors"):
             cfg.conditioning[condition].enabled = True
             cfg.data.cache = condition != "mask"
-        first, first_params = first_stage(cfg)
-        stage = DiffusionStage(cfg, first, first_params, tiny.Moments(), tiny.tokenizer(cfg))
-        params = random_like(jax.eval_shape(lambda key: stage.denoiser.init(key, stage.latent_shape), jax.random.key(0)))
-        path = tmp_path_factory.mktemp("trained") / "model"
-        stage.model(params, model_info(cfg, 0)).save(path)
-        return path
+        return tiny.save_untrained(cfg, tmp_path_factory.mktemp("trained") / "model")
 
     return make
 
@@ -460,7 +439,7 @@ def test_a_first_stage_of_another_shape(model: Path, run: Run, tmp_path: Path) -
     """`first_stage.path` takes a model whose latents the denoiser cannot halve."""
     cfg = tiny.config()
     cfg.first_stage.update(channel_mult=(1, 1, 1, 1), patch_size=2)
-    stage, params = first_stage(cfg)
+    stage, params = tiny.first_stage(cfg)
     LatentDiffusion(stage, None, {"first_stage": params}, {"task": "autoencoder", "resolution": 16}).save(tmp_path / "first")
     arguments = ("--config.first_stage.path=first", "--config.data.resolution=16", *EIGHT)
     assert "a side of 1 latents cannot be halved" in refused(run(train.main, "--config", SMOKE, "--workdir", "runs/new", *arguments))

@@ -74,7 +74,7 @@ def test_imports_come_from_floors_below(module: str) -> None:
 
 def test_every_room_has_a_floor() -> None:
     beside = {module for module in MODULES if room(module) == "front doors"}
-    commands = ("train", "encode", "sample", "convert", "check_data", "neighbors")
+    commands = ("train", "encode", "sample", "evaluate", "convert", "check_data", "neighbors")
     assert beside == {"ldm_jax", "ldm_jax.cli", *(f"ldm_jax.{name}" for name in commands)}
     assert {room(module) for module in MODULES} | {"interop"} == set(FLOORS)
 
@@ -101,11 +101,12 @@ def test_packages_that_must_stay_out(where: str, forbidden: set[str]) -> None:
         "import runpy; sys.argv = ['train', '--help']; runpy.run_module('ldm_jax.train', run_name='__main__')",
         "import runpy; sys.argv = ['encode', '--help']; runpy.run_module('ldm_jax.encode', run_name='__main__')",
         "import runpy; sys.argv = ['sample', '--help']; runpy.run_module('ldm_jax.sample', run_name='__main__')",
+        "import runpy; sys.argv = ['evaluate', '--help']; runpy.run_module('ldm_jax.evaluate', run_name='__main__')",
         "import runpy; sys.argv = ['convert', '--help']; runpy.run_module('ldm_jax.convert', run_name='__main__')",
         "import runpy; sys.argv = ['check_data', '--help']; runpy.run_module('ldm_jax.check_data', run_name='__main__')",
         "import runpy; sys.argv = ['neighbors', '--help']; runpy.run_module('ldm_jax.neighbors', run_name='__main__')",
     ],
-    ids=["import", "train", "encode", "sample", "convert", "check_data", "neighbors"],
+    ids=["import", "train", "encode", "sample", "evaluate", "convert", "check_data", "neighbors"],
 )
 def test_help_loads_nothing_heavy(command: str) -> None:
     heavy = "{'jax', 'jaxlib', 'flax', 'numpy', 'tensorflow', 'tensorflow_datasets', 'torch', 'transformers', 'orbax', 'grain'}"

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from ldm_jax.config import first_stage_run
 from ldm_jax.defaults import base
 from ldm_jax.stages import FirstStage, build_autoencoder, init_autoencoder
 from ldm_jax.training.autoencoder import AutoencoderStage
-from ldm_jax.training.diffusion import DiffusionStage
+from ldm_jax.training.diffusion import DiffusionStage, model_info
 
 CAPTIONS = ("a red circle", "a blue square", "a green ring", "a black cross")
 
@@ -88,6 +90,22 @@ def first_stage(cfg: ConfigDict, seed: int = 1) -> tuple[FirstStage, dict]:
     network = build_autoencoder(cfg.first_stage.to_dict(), jax.numpy.dtype(cfg.train.dtype).type)
     params = jax.jit(lambda key: init_autoencoder(network, key, cfg.data.resolution))(jax.random.key(seed))
     return FirstStage(network, (0.1,), (0.7,)), params
+
+
+def random_like(shapes: Any) -> Any:
+    """Parameters without a compiled initialisation, large enough for conditions to matter."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) / max(1, np.prod(s.shape[:-1])) ** 0.5).astype(np.float32), shapes)
+
+
+def save_untrained(cfg: ConfigDict, path: Path) -> Path:
+    """Leaves a whole model of random weights in a directory."""
+    stage = FirstStage(build_autoencoder(cfg.first_stage.to_dict(), np.float32))
+    params = random_like(jax.eval_shape(lambda k: init_autoencoder(stage.network, k, cfg.data.resolution), jax.random.key(0)))
+    denoiser = DiffusionStage(cfg, stage, params, Moments(), tokenizer(cfg))
+    shapes = jax.eval_shape(lambda key: denoiser.denoiser.init(key, denoiser.latent_shape), jax.random.key(0))
+    denoiser.model(random_like(shapes), model_info(cfg, 0)).save(path)
+    return path
 
 
 def autoencoder_stage(cfg: ConfigDict) -> AutoencoderStage:

@@ -44,7 +44,7 @@ class FolderSource(Reader):
         self.root = Path(path)
         if not self.root.is_dir():
             raise UserError(f"data.path: no folder {str(path)!r}; give the folder that holds the pictures")
-        self._stats = _find_images(self.root)
+        self._stats = find_images(self.root)
         self.names = sorted(name for name in self._stats if name.split("/")[0] not in MAPS.values())
         if not self.names:
             raise UserError(f"data.path: no pictures ({', '.join(IMAGE_SUFFIXES)}) in folder {str(path)!r}")
@@ -126,7 +126,7 @@ def _summary(value: Any, stats: dict[str, tuple[int, int]]) -> Any:
     return stats[value] if stats else value.tolist() if hasattr(value, "tolist") else value
 
 
-def _find_images(root: Path) -> dict[str, tuple[int, int]]:
+def find_images(root: Path) -> dict[str, tuple[int, int]]:
     """{relative name with slashes: (size in bytes, modification time in ns)}, hidden files left out."""
     found = {}
     for folder, subfolders, files in os.walk(root, followlinks=True):

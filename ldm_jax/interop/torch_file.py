@@ -46,7 +46,7 @@ _LIGHTNING = "pytorch-lightning_version"  # the entry that tells such a file
 _HEAD = 512  # bytes that tell what kind of file it is
 _INFLATED = (64 * 2**20, 16)  # bytes, and multiples of the file, that compressed members may grow to: weights hardly compress
 # What damaged or forged files make zipfile and the unpickler raise; neither has one class of errors of its own.
-_DAMAGE = (
+DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -152,7 +152,7 @@ def _load_npz(file: epath.Path) -> dict[str, np.ndarray]:
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return dict(archive.items())
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(f"{file} is no complete .npz file of plain arrays: {one_line(str(error))}") from error
 
 
@@ -161,7 +161,7 @@ def _load_torch(file: epath.Path) -> Any:
         legacy = _LEGACY_MAGIC in stream.read(_HEAD)[:32]
         try:
             return _load_legacy(_content(stream)) if legacy else _Archive(stream).load()
-        except _DAMAGE as error:
+        except DAMAGE as error:
             reason = one_line(str(error)) or "it is truncated"  # the errors of an early end say nothing
             raise ValueError(f"{file} cannot be read as a torch weight file: {reason}") from error
 
@@ -213,7 +213,7 @@ class _Archive:
         byteorder = f"{self._root}byteorder"
         if byteorder in self._members and self._zip.read(byteorder) != b"little":
             raise ValueError("its storages are big-endian: save it on a little-endian machine")
-        return _Unpickler(io.BytesIO(self._zip.read(f"{self._root}data.pkl")), self._storage).load()
+        return Unpickler(io.BytesIO(self._zip.read(f"{self._root}data.pkl")), self._storage).load()
 
     def _storage(self, key: str, dtype: np.dtype, count: int) -> np.ndarray:
         """The 1-d array of one storage: a view of the file where the member is stored as it is, as torch writes it."""
@@ -249,12 +249,12 @@ def _load_legacy(content: mmap.mmap | bytes) -> Any:
             raise ValueError(f"storage {key} cannot be of {count} x {dtype}")
         return np.broadcast_to(np.zeros((), dtype), count)
 
-    _magic, _version, machine = (_Unpickler(stream, describe).load() for _ in range(3))
+    _magic, _version, machine = (Unpickler(stream, describe).load() for _ in range(3))
     if not machine["little_endian"]:
         raise ValueError("its storages are big-endian: save it on a little-endian machine")
     begin = stream.tell()
-    _Unpickler(stream, describe).load()
-    keys = _Unpickler(stream, describe).load()
+    Unpickler(stream, describe).load()
+    keys = Unpickler(stream, describe).load()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(described):
         raise ValueError("its storages are not those of its tensors")
     starts: dict[str, int] = {}
@@ -267,7 +267,7 @@ def _load_legacy(content: mmap.mmap | bytes) -> Any:
             raise ValueError(f"storage {key} is truncated")
         stream.seek(end)
     stream.seek(begin)
-    return _Unpickler(stream, lambda key, dtype, count: _view(content, dtype, count, starts[key])).load()
+    return Unpickler(stream, lambda key, dtype, count: _view(content, dtype, count, starts[key])).load()
 
 
 class _Placeholder:
@@ -285,7 +285,7 @@ class _Placeholder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Function:
+class Function:
     """One of this reader's own functions, as a pickle's instructions see it."""
 
     call: Callable[..., Any]
@@ -300,14 +300,14 @@ _PLAIN_INSTRUCTIONS = """
 """  # those of protocols 2 to 5 that make plain values, and those that ask this class; none of older protocols
 
 
-class _Instructions(dict[int, Callable[..., None]]):
+class Instructions(dict[int, Callable[..., None]]):
     """The instructions of a pickle by their codes."""
 
     def __missing__(self, code: int) -> Callable[..., None]:
         raise ValueError(f"it holds the pickle instruction {code:#04x}, which weights do not need; nothing of it was run")
 
 
-class _Unpickler(pickle._Unpickler):
+class Unpickler(pickle._Unpickler):
     """Python's unpickler with few instructions, none of which reaches a function or an object's state but as written here.
 
     Its twin in C has no such table, looks into the registry of `copyreg` before it asks, and allocates whatever the index of a memo says.
@@ -338,9 +338,9 @@ class _Unpickler(pickle._Unpickler):
 
     def _load_call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(arguments, tuple) or not isinstance(function, _Function | _Placeholder):
+        if not isinstance(arguments, tuple) or not isinstance(function, Function | _Placeholder):
             raise ValueError(f"it calls a {type(function).__name__}; nothing of it was run")
-        self.stack.append(function.call(*arguments) if isinstance(function, _Function) else function)
+        self.stack.append(function.call(*arguments) if isinstance(function, Function) else function)
 
     def _load_state(self) -> None:
         """The state that torch hangs on an ordered dict (`_metadata`), and any placeholder's, is dropped."""
@@ -361,7 +361,7 @@ class _Unpickler(pickle._Unpickler):
         for member in self.pop_mark():
             self.stack[-1].add(_key(member))
 
-    dispatch = _Instructions(
+    dispatch = Instructions(
         {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _PLAIN_INSTRUCTIONS.split()}
         | {pickle.REDUCE[0]: _load_call, pickle.NEWOBJ[0]: _load_call, pickle.BUILD[0]: _load_state}
         | {pickle.SETITEM[0]: _load_item, pickle.SETITEMS[0]: _load_items, pickle.ADDITEMS[0]: _load_members}
@@ -403,17 +403,17 @@ def _make_set(items: Any = ()) -> set[Any]:
     return {_key(member) for member in _entries(items)}
 
 
-_FUNCTIONS: dict[str, _Function] = {
-    "collections.OrderedDict": _Function(_make_dict),
-    "collections.Counter": _Function(_make_dict),  # steps of a learning-rate schedule
-    "collections.defaultdict": _Function(lambda *_: {}),
-    "__builtin__.set": _Function(_make_set),  # the name in torch's pickle protocol, 2
-    "builtins.set": _Function(_make_set),
-    "torch.Size": _Function(lambda items: tuple(_entries(items))),
-    "torch._utils._rebuild_tensor": _Function(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v2": _Function(_rebuild_tensor),
-    "torch._utils._rebuild_parameter": _Function(lambda data, *_: data),
-    "torch._utils._rebuild_parameter_with_state": _Function(lambda data, *_: data),
+_FUNCTIONS: dict[str, Function] = {
+    "collections.OrderedDict": Function(_make_dict),
+    "collections.Counter": Function(_make_dict),  # steps of a learning-rate schedule
+    "collections.defaultdict": Function(lambda *_: {}),
+    "__builtin__.set": Function(_make_set),  # the name in torch's pickle protocol, 2
+    "builtins.set": Function(_make_set),
+    "torch.Size": Function(lambda items: tuple(_entries(items))),
+    "torch._utils._rebuild_tensor": Function(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v2": Function(_rebuild_tensor),
+    "torch._utils._rebuild_parameter": Function(lambda data, *_: data),
+    "torch._utils._rebuild_parameter_with_state": Function(lambda data, *_: data),
 }
 _PLACEHOLDER = _Placeholder()
 _PLACEHOLDER_PACKAGES = ("pytorch_lightning", "lightning", "omegaconf")

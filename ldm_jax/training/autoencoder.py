@@ -1,6 +1,6 @@
 """Stage 1: the autoencoder, with perceptual and patch-adversarial loss (Rombach et al. 2022, section 3.1 and appendix G)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,7 @@ class AutoencoderStage:
     name = "first stage"
 
     initial: dict[str, Any] | None = None
+    evaluation: Callable[[Callable[[np.ndarray], np.ndarray]], dict[str, float]] | None = None
 
     def __init__(self, config: ConfigDict, source: Source, perceptual: Any = None) -> None:
         group, self.config, self.source = config.first_stage, config, source
@@ -207,6 +208,14 @@ class AutoencoderStage:
     def _preview_images(self) -> np.ndarray:
         indices = np.arange(min(16, len(self.source)))
         return stack([{"image": self.source[int(i)]["image"]} for i in indices])["image"]
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """What `evaluation` finds of reconstructions by the averaged weights."""
+        if self.evaluation is None:
+            return {}
+        params = self.autoencoder(state.ema[str(self.config.ema.decays[0])])
+        with jax.transfer_guard("allow"):
+            return self.evaluation(lambda images: np.asarray(self._reconstruct(params, images)))
 
     def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
         """Pictures and their reconstructions side by side by the EMA weights: (uint8 [N,H,W,3], columns, captions)."""

@@ -1,7 +1,7 @@
 """Stage 2: the denoiser in latent space, with its conditioners (Rombach et al. 2022, sections 3.2 and 3.3, equations 2 and 3)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -68,6 +68,7 @@ class DiffusionStage:
     name = "denoiser"
     initial: Params | None = None
     remarks: tuple[str, ...] = ()
+    evaluation: Callable[[LatentDiffusion], dict[str, float]] | None = None
 
     def __init__(
         self,
@@ -236,6 +237,19 @@ class DiffusionStage:
     def model(self, params: Params, info: dict[str, Any]) -> LatentDiffusion:
         """The model of some (EMA) parameters, for sampling and for `model/`."""
         return LatentDiffusion(self.first_stage, self.denoiser, {"first_stage": self.first_stage_params, **params}, info)
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """What `evaluation` finds of the averaged weights."""
+        if self.evaluation is None:
+            return {}
+        params = jax.device_get(state.ema[str(self.config.ema.decays[0])])
+        return self.evaluation(self.model(params, model_info(self.config, int(state.step))))
+
+
+def model_info(config: ConfigDict, step: int) -> dict[str, Any]:
+    """What `model.json` says beside the latent statistics; `step` counts the updates behind the weights."""
+    groups = {name: config[name].to_dict() for name in ("diffusion", "sample", "conditioning")}
+    return {"task": "diffusion", "step": step, "resolution": config.data.resolution, **groups}
 
 
 def conditioning_for(config: ConfigDict, autoencoder: Autoencoder, tokenizer: Any) -> Conditioning:

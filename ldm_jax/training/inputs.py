@@ -1,5 +1,6 @@
 """The examples of a run: its data, and what is made of them for its conditions."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -7,8 +8,10 @@ from ml_collections import ConfigDict
 from ldm_jax.conditioning.conditioner import Conditioning
 from ldm_jax.config import UserError, WorkDir, bucket_sizes, latent_factor
 from ldm_jax.data.buckets import Bucketed
-from ldm_jax.data.derive import Derive, Derived, derived
+from ldm_jax.data.derive import Derive, Derived, Example, derived
+from ldm_jax.data.shapes import Pairs, ShapesSource
 from ldm_jax.data.sources import Source, make_source, needed_fields
+from ldm_jax.evaluation.obedience import SEED
 from ldm_jax.model_directory import find_model, load_settings
 from ldm_jax.stages import build_autoencoder
 from ldm_jax.training.neighbors import Neighbored
@@ -40,6 +43,21 @@ def layers(source: Any) -> tuple[Any, Derive | None, Neighbored | None]:
     """What lies under a run's source: stored pictures as they are trained on, what is drawn for them, and their neighbours."""
     below, derive = (source.below, source.derive) if isinstance(source, Derived) else (source, None)
     return (below.below, derive, below) if isinstance(below, Neighbored) else (below, derive, None)
+
+
+def scenes(config: ConfigDict, source: Any, number: int, pairs: Pairs = "seen") -> Callable[[int], Example]:
+    """Examples of drawn scenes that training has not seen, by their number, with what the training's `source` makes of its own."""
+    data = config.data
+    drawn = ShapesSource(number, SEED, data.resolution, (1,) if pairs == "held_out" else tuple(data.counts), pairs)
+    _, derive, neighbored = layers(source)
+
+    def example(index: int) -> Example:
+        made = drawn[index]
+        if neighbored:
+            made = {**made, "neighbors": neighbored.find(made["image"][None])[0], "query": made["image"]}
+        return derive(made, config.seed, index) if derive else made
+
+    return example
 
 
 def check_examples(source: Any, conditioning: Conditioning) -> None:

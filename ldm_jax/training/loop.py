@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ldm_jax.config import WorkDir
+from ldm_jax.config import WorkDir, write_json
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.sharding.mesh import batch_sharding, check_batch, replicated, to_global
 from ldm_jax.sharding.rules import shardings
@@ -53,6 +53,10 @@ class Stage(Protocol):
     def batches(self, **kwargs: Any) -> Batches: ...
     def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
         """(images uint8 [N,H,W,3], columns of the grid, captions)."""
+        ...
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """Scores on what the stage is not trained on."""
         ...
 
     def notes(self) -> Iterator[str]: ...
@@ -157,6 +161,8 @@ class _Run:
                 self._record(step + 1, metrics, bar)
         self._check_finite()
         self._preview(state, total)
+        if self.config.evaluate.every:
+            self._evaluate(state, total)
         return state
 
     def _between(self, state: State, step: int) -> None:
@@ -170,6 +176,9 @@ class _Run:
         if step % self.config.sample.every == 0:
             with self._pause():
                 self._preview(state, step)
+        if step and self.config.evaluate.every and step % self.config.evaluate.every == 0:
+            with self._pause():
+                self._evaluate(state, step)
 
     def _pause(self) -> AbstractContextManager[None]:
         return self.meter.paused() if self.meter else nullcontext()
@@ -181,6 +190,17 @@ class _Run:
         images, columns, captions = self.stage.preview(state)
         if jax.process_index() == 0:
             save_grid(path, images, columns, captions)
+
+    def _evaluate(self, state: State, step: int) -> None:
+        """Leaves the scores after `step` updates in a file, once."""
+        path = self.workdir.evaluations / f"{step:08d}.json"
+        if path.exists():
+            return
+        found = self.stage.evaluate(state)
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"step": step, **found})
+        self.writer.write(step, {f"evaluation/{name}": value for name, value in found.items()})
 
     def _meter_for(self, step: int, state: State) -> None:
         """A fresh meter at the start and where the program changes: its operations are counted from its own trace."""

@@ -18,7 +18,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.model_directory import Params
 from ldm_jax.stages import FirstStage, pasted, to_uint8
 from ldm_jax.training.autoencoder import reconstructions
-from ldm_jax.training.inputs import layers
+from ldm_jax.training.inputs import scenes
 
 Example = dict[str, Any]
 
@@ -89,15 +89,11 @@ def _examples(config: ConfigDict, source: Any, held_out: int) -> list[Example]:
 
     After them come `held_out` of one object, of a pair of colour and shape that training has not seen either.
     """
-    data = config.data
-    examples = fresh_examples(data.resolution, config.evaluate.prompts, data.counts, "seen")
-    if held_out and 1 in data.counts:
-        examples += fresh_examples(data.resolution, held_out, (1,), "held_out")
-    _, derive, neighbored = layers(source)
-    if neighbored:
-        found = neighbored.find(np.stack([example["image"] for example in examples]))
-        examples = [{**e, "neighbors": rows, "query": e["image"]} for e, rows in zip(examples, found, strict=True)]
-    return [derive(example, config.seed, i) for i, example in enumerate(examples)] if derive else examples
+    number = config.evaluate.prompts
+    examples = [*map(scenes(config, source, number), range(number))]
+    if held_out and 1 in config.data.counts:
+        examples += map(scenes(config, source, held_out, "held_out"), range(held_out))
+    return examples
 
 
 def _drawn(model: LatentDiffusion, shown: Sequence[Example], examples: Sequence[Example]) -> np.ndarray:

@@ -25,8 +25,9 @@ from ldm_jax.stages import FirstStage, abstract_params, build_autoencoder, build
 from ldm_jax.training import init_from, loop, optimizer
 from ldm_jax.training.autoencoder import AutoencoderStage
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampling, caption, conditioning_for
+from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampling, caption, conditioning_for, model_info
 from ldm_jax.training.encode import MEASURED, Encoder, ensure_cache, latent_scale, latent_statistics
+from ldm_jax.training.held_out import AutoencoderEvaluation, DenoiserEvaluation
 from ldm_jax.training.inputs import check_examples, open_source
 from ldm_jax.training.report import reconstruction_table, report
 from ldm_jax.training.text_cache import Embedded, with_embeddings
@@ -205,6 +206,8 @@ def _first_stage_weights(config: ConfigDict, workdir: WorkDir, source: Source, m
     stage = AutoencoderStage(config, source)
     if init_from.starts(config, workdir):
         init_from.start_autoencoder(stage, config.train.init_from)
+    if config.evaluate.every:
+        stage.evaluation = AutoencoderEvaluation(config, workdir, source, stage.frozen)
     state = loop.train(stage, workdir, mesh)
     return stage.network, stage.autoencoder(jax.device_get(state.ema[str(config.ema.decays[0])])), int(state.step)
 
@@ -277,17 +280,13 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: 
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
     if starts:
         init_from.start_denoiser(stage, config.train.init_from)
+    if config.evaluate.every:
+        stage.evaluation = DenoiserEvaluation(config, workdir, source, stage.loss)
     state = loop.train(stage, workdir, mesh)
     trained = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))
     if config.data.source == "shapes":
         report(config, workdir, trained, source)
     trained.save(workdir.model)
-
-
-def model_info(config: ConfigDict, step: int) -> dict[str, Any]:
-    """What `model.json` says beside the latent statistics; `step` counts the updates behind the weights."""
-    groups = {name: config[name].to_dict() for name in ("diffusion", "sample", "conditioning")}
-    return {"task": "diffusion", "step": step, "resolution": config.data.resolution, **groups}
 
 
 def restore_model(path: str, step: int | None = None, ema: str | None = None, dtype: str = "auto") -> LatentDiffusion:

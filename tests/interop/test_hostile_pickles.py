@@ -229,7 +229,7 @@ _ENDLESS = _tensor(_pid(), size=b"\x8a\x06\0\0\0\0\0\x01\x85", stride=b"K\x00\x8
         (b"ccollections\nOrderedDict\n" + _ENDLESS + b"\x85R", "makes a container of a ndarray"),
         (_tensor(_pid()) + b"K\x01b", "sets the state of a ndarray"),
         (_tensor(_pid()) + b"K\x00K\x07s", "cannot be read"),
-        (b"ctorch._utils\n_rebuild_parameter\n}" + _text("call") + b"Nsb", "sets the state of a _Function"),
+        (b"ctorch._utils\n_rebuild_parameter\n}" + _text("call") + b"Nsb", "sets the state of a Function"),
         (b"ctorch._utils\n_rebuild_parameter\nctorch._utils\n_rebuild_parameter\n\x85R)R", "cannot be read"),
         (_text("os.system") + _ARGUMENT + b"R", "calls a str"),
         (b"ctorch\nFloatStorage\n" + _ARGUMENT + b"R", "calls a str"),

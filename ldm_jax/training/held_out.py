@@ -1,0 +1,186 @@
+"""Evaluation while a stage trains (`evaluate.every`): by the averaged weights, on pictures that it is not trained on.
+
+Nothing here touches the state, the order of the data or the random numbers of training, so the weights of a run are the same with it.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax.config import UserError, WorkDir
+from ldm_jax.data.derive import one_caption
+from ldm_jax.data.sources import Source
+from ldm_jax.diffusion.losses import DiffusionLoss, noised, per_example
+from ldm_jax.diffusion.samplers import initial_noise
+from ldm_jax.evaluation import metrics
+from ldm_jax.evaluation.data_pictures import DataPictures
+from ldm_jax.evaluation.extractors import colors, load_inception, weight_path
+from ldm_jax.evaluation.features import measure, on_mesh
+from ldm_jax.evaluation.obedience import scores
+from ldm_jax.evaluation.pairs import pair_extractor
+from ldm_jax.evaluation.statistics import gaussian_of
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.sharding.mesh import make_mesh
+from ldm_jax.stages import Denoiser
+from ldm_jax.training.inputs import open_source, scenes
+
+BUCKETS = 10  # of time
+_REFERENCE = 2000  # training pictures that samples are held against
+_BATCH = 64
+_SEED = 0  # of the noise of held-out examples
+
+Example = dict[str, Any]
+Scores = dict[str, float]
+
+
+def held_out_examples(config: ConfigDict, workdir: WorkDir, source: Source) -> list[Example]:
+    """`evaluate.examples` examples that training has not seen: drawn scenes of another seed, or the data of `evaluate.path` and
+    `evaluate.split`; none where there are no such data. Raises UserError."""
+    group, number = config.evaluate, config.evaluate.examples
+    if config.data.source == "shapes":
+        return [*map(scenes(config, source, number), range(number))]
+    if not (group.path or group.split):
+        return []
+    if config.conditioning.neighbors.enabled:
+        raise UserError("evaluate.path: neighbours of held-out pictures are not searched; leave evaluate.path and evaluate.split empty")
+    others = ConfigDict(config.to_dict())
+    others.data.path, others.data.split = group.path or config.data.path, group.split or config.data.split
+    others.data.buckets = ()
+    found = open_source(others, WorkDir(workdir.path / "evaluations"))
+    chosen = np.linspace(0, len(found) - 1, min(number, len(found))).astype(int)
+    return [one_caption(found[int(i)], 0, int(i)) for i in chosen]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _losses(denoiser: Denoiser, loss: DiffusionLoss, params: Any, x0: jax.Array, noise: jax.Array, t: jax.Array, arrays: Any) -> jax.Array:
+    """Of each example [B], with all that training adds to them; no condition is dropped."""
+    prediction = denoiser.denoise(params, noised(denoiser.process, x0, noise, t), t, denoiser.condition(params, arrays))
+    plain, bound = per_example(denoiser.process, loss, prediction, x0, noise, t)
+    return plain + bound
+
+
+def losses_by_time(
+    model: LatentDiffusion, loss: DiffusionLoss, latents: np.ndarray, examples: Sequence[Example], buckets: int = BUCKETS
+) -> np.ndarray:
+    """The mean loss of examples in each of equal parts of the way to noise, least noisy first, float64 [buckets].
+
+    Each example is noised once in each part, at places that go evenly through the part from one example to the next, and with the same
+    noise whenever this is called, so that two sets of weights are compared on the same task.
+
+    Args:
+      latents: scaled, float32 [N,h,w,c].
+      examples: N of them, with what the model is told.
+    """
+    denoiser, number = model.denoiser, len(examples)
+    assert denoiser is not None
+    sums = np.zeros(buckets)
+    for start in range(0, number, _BATCH):
+        index = np.minimum(np.arange(start, start + _BATCH), number - 1)  # the last batch is filled up, so that one program serves all
+        given = {name: [examples[i][name] for i in index] for name in model.inputs}
+        x0, noise, arrays = latents[index], initial_noise(_SEED, index, latents.shape[1:]), model.prepare(given)
+        for bucket in range(buckets):
+            t = denoiser.process.time_at(jnp.asarray((bucket + (index + 0.5) / number) / buckets, jnp.float32))
+            values = np.asarray(_losses(denoiser, loss, model.params, x0, noise, t, arrays), np.float64)
+            sums[bucket] += values[: number - start].sum()
+    return sums / number
+
+
+class DenoiserEvaluation:
+    """Of stage 2: held-out loss by time, samples against training pictures, and on drawn scenes whether conditions are obeyed.
+
+    Raises UserError where held-out data or weights cannot be read.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: WorkDir, source: Source, loss: DiffusionLoss) -> None:
+        self.config, self.workdir, self.source, self.loss = config, workdir, source, loss
+        path = weight_path("inception", config.evaluate.inception or None)
+        self.extractors = [colors(), *([load_inception(path)] if path else [])]
+        self.examples = held_out_examples(config, workdir, source)
+        self._latents: np.ndarray | None = None
+
+    def __call__(self, model: LatentDiffusion) -> Scores:
+        found: Scores = {}
+        with jax.transfer_guard("allow"), jax.set_mesh(model.mesh):
+            if self.examples:
+                if self._latents is None:
+                    self._latents = _encoded(model, self.examples)
+                losses = losses_by_time(model, self.loss, self._latents, self.examples)
+                found |= {"held_out/loss": float(losses.mean()), **{f"held_out/loss/t{i}": float(v) for i, v in enumerate(losses)}}
+            told = self._told(model)
+            inputs: Any = {name: [example[name] for example in told] for name in model.inputs}
+            images = model.sample(num=len(told), seed=_SEED, **inputs)
+            found |= self._against_training(images)
+            if self.config.data.source == "shapes":
+                found |= _obedience(model, images, told)
+        return found
+
+    def _told(self, model: LatentDiffusion) -> list[Example]:
+        """What the samples are told: held-out examples, or where there are none those of training, again and again."""
+        number = self.config.evaluate.samples
+        known: Any = self.examples or self.source
+        return [one_caption(known[i % len(known)], 0, i) if model.inputs else {} for i in range(number)]
+
+    @cached_property
+    def _reference(self) -> Any:
+        plain = ConfigDict(self.config.to_dict())
+        plain.data.buckets = ()
+        for group in plain.conditioning.values():
+            group.enabled = False  # the pictures alone
+        pictures = DataPictures(open_source(plain, self.workdir), {}, _REFERENCE, self.config.data.workers)
+        return measure(pictures, self.extractors, self.workdir.path / "evaluations" / "reference", _BATCH, "reference")
+
+    def _against_training(self, images: np.ndarray) -> Scores:
+        measured = _features(self.extractors, images)
+        found: Scores = {}
+        for name in [extractor.name for extractor in self.extractors]:
+            found[f"samples/MIND/{name}"] = metrics.monge_distance(measured[name], self._reference.rows(name))
+        if "inception" in measured:
+            ours, theirs = gaussian_of([measured["inception"]]), gaussian_of(self._reference.blocks("inception"))
+            found[f"samples/FID@{len(images)}"] = metrics.frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov)
+        return found
+
+
+def _encoded(model: LatentDiffusion, examples: Sequence[Example]) -> np.ndarray:
+    """The modes of the examples' latents, float32 [N,h,w,c]."""
+    images = np.stack([example["image"] for example in examples])
+    filled = [images[np.minimum(np.arange(start, start + _BATCH), len(images) - 1)] for start in range(0, len(images), _BATCH)]
+    return np.concatenate([model.encode(batch) for batch in filled])[: len(images)]
+
+
+def _features(extractors: Sequence[Any], images: np.ndarray) -> dict[str, np.ndarray]:
+    function = on_mesh(extractors, mesh := make_mesh(devices=jax.local_devices()))
+    size = -(-min(_BATCH, len(images)) // mesh.size) * mesh.size
+    batches = [function(images[start : start + size], size) for start in range(0, len(images), size)]
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _obedience(model: LatentDiffusion, images: np.ndarray, examples: Sequence[Example]) -> Scores:
+    """Means of the oracle's scores of each condition."""
+    found: Scores = {}
+    for name in [name for name in model.inputs if name != "image"] or [""]:
+        for title, values in scores(name, images, examples).items():
+            if not np.isnan(values).all():
+                found[f"samples/{name or 'scene'}/{title.replace(' ', '_')}"] = float(np.nanmean(values))
+    return found
+
+
+class AutoencoderEvaluation:
+    """Of stage 1: PSNR, SSIM and, where the loss has its weights, LPIPS of reconstructions of held-out pictures."""
+
+    def __init__(self, config: ConfigDict, workdir: WorkDir, source: Source, perceptual: Any) -> None:
+        examples = held_out_examples(config, workdir, source)
+        self.images = np.stack([example["image"] for example in examples]) if examples else None
+        self.extractor = pair_extractor(perceptual or None, "")
+
+    def __call__(self, reconstruct: Any) -> Scores:
+        """`reconstruct`: uint8 [N,H,W,3] to what the autoencoder makes of them."""
+        if self.images is None:
+            return {}
+        made = np.concatenate([reconstruct(self.images[i : i + _BATCH]) for i in range(0, len(self.images), _BATCH)])
+        found = _features([self.extractor], np.concatenate([self.images, made], axis=-1))
+        return {f"held_out/{name}": float(values.mean()) for name, values in found.items()}
