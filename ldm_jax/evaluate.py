@@ -121,7 +121,7 @@ def main() -> int:
     from ldm_jax.training.evaluation_job import Evaluation
 
     output = Path(args.output)
-    lines = Evaluation(args, overrides, tools, prompts, swept, sys.argv, ldm_jax.load).run(output)
+    lines = Evaluation(args, overrides, tools, prompts, swept, ["python -m ldm_jax.evaluate", *sys.argv[1:]], ldm_jax.load).run(output)
     if not args.keep_features:
         shutil.rmtree(output / "features", ignore_errors=True)
     print("\n".join(lines))

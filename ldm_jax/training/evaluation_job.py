@@ -21,6 +21,7 @@ from ldm_jax.evaluation.obedience import SEED, scores
 from ldm_jax.evaluation.oracle import METRICS, score_table
 from ldm_jax.evaluation.pictures import Pictures, open_pictures
 from ldm_jax.evaluation.protocol import CROP
+from ldm_jax.evaluation.scores import Metric
 from ldm_jax.latent_diffusion import LatentDiffusion, load_model
 from ldm_jax.model_directory import find_model
 from ldm_jax.training.inputs import open_source, scenes
@@ -227,7 +228,33 @@ class Evaluation:
         if {"low_res", "mask"} & set(self.model.inputs):
             truth = DataPictures(_Told(examples, number, about), {}, None, 1)
             outcome.metrics = job.pair_scores(self.tools, samples, truth, features, []) + outcome.metrics
+        outcome.metrics += self._obeyed(examples, samples)
         return samples, outcome
+
+    @property
+    def _read_by_oracle(self) -> bool:
+        return self.config is not None and self.config.data.source == "shapes" and self.prompts is None
+
+    def _obeyed(self, examples: told.Told, samples: Pictures) -> list[Metric]:
+        """The first thing to know of each condition, where the oracle can read the samples."""
+        if not self._read_by_oracle or self._told_classes_alone:
+            return []
+        number = min(_READ, len(samples))
+        images, shown = samples.read(0, number), [examples(i) for i in range(number)]
+        found = []
+        for name in [name for name in self.model.inputs if name != "image"] or [""]:
+            title = _FIRST[name]
+            values = scores(name, images, shown)[title]
+            values = values[~np.isnan(values)]
+            if len(values):
+                error = float(values.std() / np.sqrt(len(values)))
+                found.append(Metric(f"{name or 'scenes'}: {title}", float(values.mean()), len(values), None, "oracle", "higher", error))
+        return found
+
+    @property
+    def _told_classes_alone(self) -> bool:
+        """Classes by their numbers, of no scene."""
+        return self.model.inputs == ("label",) and self.args.labels != "data"
 
     def _captions(self, examples: told.Told, number: int) -> list[str] | None:
         """Of each sample, where the model is told texts; a class's number where it is told these."""
@@ -245,7 +272,7 @@ class Evaluation:
                 raise UserError(f"--prompts-file is for models of text alone; this one takes {', '.join(inputs)}")
             digest = sha256("\n".join(self.prompts).encode()).hexdigest()
             return told.prompts(self.prompts), {"prompts": len(self.prompts), "SHA-256": digest}
-        if inputs == ("label",) and self.args.labels != "data":
+        if self._told_classes_alone:
             classes, seed = draw.classes_of(self.model), self.model.info["sample"]["seed"]
             made = told.balanced(classes) if self.args.labels == "balanced" else told.at_random(classes, seed)
             return made, f"{self.args.labels} classes of {classes}"
@@ -259,16 +286,21 @@ class Evaluation:
 
     def _tables(self, examples: told.Told, samples: Pictures) -> list[dict[str, Any]]:
         """What the oracle reads in samples of drawn scenes: is each condition obeyed?"""
-        if self.config is None or self.config.data.source != "shapes" or self.prompts is not None:
+        if not self._read_by_oracle:
             return []
         number = min(_READ, len(samples))
         images, shown = samples.read(0, number), [examples(i) for i in range(number)]
-        if self.model.inputs == ("label",) and self.args.labels != "data":
+        if self._told_classes_alone:
             return [_by_class(images, [int(example["label"]) for example in shown])]
         tables = [_scores(name, images, shown) for name in self.model.inputs if name != "image"] or [_scores("", images, shown)]
         if "text" in self.model.inputs:
             tables.append(_by_factor(images, [example["text"] for example in shown]))
         return tables
+
+
+# Of the oracle's scores of each condition, the one that says most.
+_FIRST = {"text": "all seen", "label": "class", "boxes": "iou", "segmentation": "pixels", "low_res": "all", "mask": "object"}
+_FIRST |= {"neighbors": "nearer", "": "valid"}
 
 
 class _Told:
