@@ -99,7 +99,7 @@ def inception(compare: bool, batch: int, repeats: int) -> None:
 def _theirs(images: np.ndarray) -> Callable[[], Any]:
     import torch
 
-    from tests.peers.fidelity import import_torch_fidelity
+    from benchmarks.fidelity import import_torch_fidelity
 
     make = import_torch_fidelity().feature_extractor_inceptionv3.FeatureExtractorInceptionV3
     with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ class DataPictures(Pictures):
             images = list(pool.map(lambda i: self._source[i]["image"], range(start, stop)))
         if any(image.shape[:2] != self.size for image in images):
             raise UserError("the pictures of the data have different sizes: evaluate without data.buckets")
-        return np.stack(images)
+        return np.stack(images) if images else np.empty((0, *self.size, 3), np.uint8)
 
     def fingerprint(self) -> str:
         return f"{self._source.fingerprint()}-{self._number}-{self.size[0]}x{self.size[1]}"

@@ -5,7 +5,7 @@ Everything here is float32 on every device: in bfloat16 or TF32, the defaults of
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 
 from ldm_jax.config import UserError
 from ldm_jax.interop import vision
-from ldm_jax.interop.torch_file import load_state_dict
+from ldm_jax.interop.safetensors_file import open_weights
 from ldm_jax.nn import inception
 from ldm_jax.nn.vision_transformer import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
 
@@ -90,18 +89,9 @@ def load_inception(path: Path, any_weights: bool = False) -> Extractor:
             " --any-weights it is taken all the same, and the report says so"
         )
     try:
-        return inception_of(inception.params_from_state_dict(_state_dict(path)), found)
+        return inception_of(inception.params_from_state_dict(open_weights(path)), found)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if path.suffix == ".npz":
-        with np.load(path) as file:
-            return dict(file)
-    return load_state_dict(path)
 
 
 def sha256(path: Path) -> str:

@@ -17,6 +17,8 @@ from ldm_jax.evaluation.scores import Side, score
 from ldm_jax.evaluation.statistics import gaussian_of
 from tests.evaluation.toy_features import InMemory, images, tiny_inception
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FRECHET = {"FID", "sFID", "FD-colors"}
 OF_ROWS = {f"{name}{suffix}" for name in ("KID", "precision", "recall", "density", "coverage", "MIND") for suffix in ("", "-colors")}
 SAMPLES, REFERENCE = images(1, 90, brightness=220), images(2, 110)

@@ -71,18 +71,21 @@ def state() -> dict[str, np.ndarray]:
     return random_state()
 
 
-def test_every_parameter_is_read_with_its_shape(state: dict[str, np.ndarray]) -> None:
-    params = params_from_state_dict(state)
+@pytest.fixture(scope="module")
+def params(state: dict[str, np.ndarray]) -> Any:
+    return params_from_state_dict(state)
+
+
+def test_every_parameter_is_read_with_its_shape(state: dict[str, np.ndarray], params: Any) -> None:
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract_params())
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     assert len(state) + 94 + 1 == 566  # with the counters of 94 norms and the bias of the head all tensors of the published file
 
 
-def test_batch_norms_are_folded_into_convolutions(state: dict[str, np.ndarray]) -> None:
+def test_batch_norms_are_folded_into_convolutions(state: dict[str, np.ndarray], params: Any) -> None:
     """Against a convolution, a norm with epsilon 0.001 and ReLU, one after the other in float64 loops."""
     name, x = "Mixed_7c.branch3x3_2a", np.random.default_rng(1).normal(size=(4, 5, 384))
-    params = params_from_state_dict(state)["Mixed_7c"]["branch3x3_2a"]
-    found = np.asarray(Conv(384, (1, 3)).apply({"params": params}, x[None].astype(np.float32)))[0]
+    found = np.asarray(Conv(384, (1, 3)).apply({"params": params["Mixed_7c"]["branch3x3_2a"]}, x[None].astype(np.float32)))[0]
     kernel = state[f"{name}.conv.weight"].astype(np.float64)
     padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
     raw = np.array([[sum(kernel[:, :, 0, k] @ padded[i, j + k] for k in range(3)) for j in range(5)] for i in range(4)])
@@ -94,10 +97,10 @@ def test_batch_norms_are_folded_into_convolutions(state: dict[str, np.ndarray]) 
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_not_a_parameter_is_left(state: dict[str, np.ndarray]) -> None:
+def test_what_is_not_a_parameter_is_left(state: dict[str, np.ndarray], params: Any) -> None:
     """The head's bias, which ADM's Inception score leaves out, and torch's counters."""
     more = {"fc.bias": np.ones(1008, np.float32), "Conv2d_1a_3x3.bn.num_batches_tracked": np.array(0)}
-    for a, b in zip(jax.tree.leaves(params_from_state_dict(state | more)), jax.tree.leaves(params_from_state_dict(state)), strict=True):
+    for a, b in zip(jax.tree.leaves(params_from_state_dict(state | more)), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -121,10 +124,10 @@ def test_other_weights_are_refused_with_all_that_is_wrong(state: dict[str, np.nd
     assert "more" not in str(error.value)
 
 
-def test_the_last_blocks_fork_and_pool_as_the_fids(state: dict[str, np.ndarray]) -> None:
+def test_the_last_blocks_fork_and_pool_as_the_fids(params: Any) -> None:
     """In the last but one the average, in the last the maximum; channels in torch's order, 320 + 2 x 384 + 2 x 384 + 192."""
     x = np.random.default_rng(2).uniform(0, 1, (1, 8, 8, 2048)).astype(np.float32)
-    params = params_from_state_dict(state)["Mixed_7c"]
+    params = params["Mixed_7c"]
     blocks = [np.asarray(Forked(maximum).apply({"params": params}, x)) for maximum in (False, True)]
     assert blocks[0].shape == (1, 8, 8, 2048)
     np.testing.assert_array_equal(blocks[0][..., :1856], blocks[1][..., :1856])
@@ -133,9 +136,8 @@ def test_the_last_blocks_fork_and_pool_as_the_fids(state: dict[str, np.ndarray])
     np.testing.assert_allclose(blocks[0][..., :320], straight, rtol=1e-5, atol=1e-5)
 
 
-def test_the_whole_has_its_outputs_and_spatial_features_in_tensorflows_order(state: dict[str, np.ndarray]) -> None:
+def test_the_whole_has_its_outputs_and_spatial_features_in_tensorflows_order(state: dict[str, np.ndarray], params: Any) -> None:
     """One compilation of the network: pool and logits are tied by the head without a bias, and `spatial` is rows, columns, channels."""
-    params: Any = params_from_state_dict(state)
     images = np.random.default_rng(3).integers(0, 256, (1, 32, 32, 3)).astype(np.float32)
 
     def run(params: Any, images: jax.Array) -> Any:

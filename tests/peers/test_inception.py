@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.fidelity import import_torch_fidelity
 from ldm_jax.evaluation import metrics
 from ldm_jax.interop.torch_file import load_state_dict
 from ldm_jax.nn.inception import Inception, params_from_state_dict, resize
-from tests.peers.fidelity import import_torch_fidelity
 
 pytestmark = pytest.mark.peers
 fidelity = import_torch_fidelity()
