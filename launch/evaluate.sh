@@ -6,49 +6,63 @@
 #   TPU=name ZONE=zone [PROJECT=project] [REPOSITORY=ldm_jax] launch/evaluate.sh RUN ...
 #
 # Reports go to RUN/reports/STEP, and RUN/reports/model for the finished model. The job looks for new checkpoints every INTERVAL seconds (300)
-# and ends once the finished model is evaluated, or with ONCE=1 once all is evaluated that there is now. A job that was killed goes on where
-# it was when it is started again. What fails is tried again at the next look, three times in all (RUN/reports/failed.txt).
-# All machines see RUN, and have the repository, with its .venv or PYTHON, at the same place.
+# and ends once the finished model is evaluated, or with ONCE=1 once all is evaluated that there is now. Checkpoints that are thinned out
+# before (checkpoint.keep) are missed; of an autoencoder's run the finished model alone is evaluated. A job that was killed goes on where it
+# was when it is started again. What fails is tried again at the next look, three times in all (RUN/reports/failed.txt); exit code 1 says
+# that something has no report. Give --reference statistics.npz (--write-reference), or the data are measured anew for each checkpoint.
+# All machines see RUN, and have the repository, with its .venv or PYTHON, at the same place; LDM_* and PYTHON go to them.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
-    sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//' >&2
+    sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//' >&2
     exit 2
 fi
 run=$1
 shift
+if [ -z "${TPU:-}" ] && [ "${run#/}" = "$run" ]; then run=$PWD/$run; fi
+unset CDPATH
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 
-# on_one: a shell script and its arguments, on one machine that sees the run; on_all: the same on every machine of the job, at once.
+# on_one: a shell script and its arguments, on one machine that sees the run; on_all: the same on every machine of the job, at once, in the
+# place of the shell that it is called in.
 if [ -n "${TPU:-}" ]; then
     coordinator=(--coordinator auto)
     remote() {
-        local worker=$1
+        local worker=$1 name given=
         shift
-        gcloud compute tpus tpu-vm ssh "$TPU" --zone="${ZONE:?give ZONE}" ${PROJECT:+--project="$PROJECT"} --worker="$worker" \
-            --command="cd ${REPOSITORY:-ldm_jax} && $(printf '%q ' bash -c "$@")"
+        for name in PYTHON ${!LDM_@}; do given+=$(printf '%s=%q ' "$name" "${!name:-}"); done
+        ${in_place:-} gcloud compute tpus tpu-vm ssh "$TPU" --zone="${ZONE:?give ZONE}" ${PROJECT:+--project="$PROJECT"} --worker="$worker" \
+            --command="cd $(printf %q "${REPOSITORY:-ldm_jax}") && $given $(printf '%q ' bash -c "$@")"
     }
     on_one() { remote 0 "$@"; }
-    on_all() { remote all "$@"; }
+    on_all() { in_place=exec remote all "$@"; }
 elif [ -n "${SLURM_JOB_ID:-}" ]; then
     coordinator=()
     on_one() { bash -c "$@"; }
-    on_all() { srun --kill-on-bad-exit=1 bash -c "$@"; }
+    on_all() { exec srun --kill-on-bad-exit=1 bash -c "$@"; }
 else
     coordinator=()
     on_one() { bash -c "$@"; }
-    on_all() { bash -c "$@"; }
+    on_all() { exec bash -c "$@"; }
 fi
 
-# What is to be done: the names without a report that did not fail three times, the oldest first; "finished" first where the run is.
+# What there is: "finished" where the run is; "todo NAME" without a report, the oldest first; "failed NAME" that has failed three times.
 look='
 cd "$1" || exit 2
-if [ -e model/model.json ]; then echo finished; fi
-names=$(ls checkpoints 2>/dev/null | grep -x "[0-9][0-9]*" | sort -n)
-if [ -e model/model.json ]; then names="$names model"; fi
+names=
+if ! grep -q "\"task\": \"autoencoder\"" config.json 2>/dev/null; then
+    names=$(ls checkpoints 2>/dev/null | grep -x "[0-9][0-9]*" | sort -n)
+fi
+if [ -e model/model.json ]; then
+    echo finished
+    # The checkpoint of its last update is the model itself.
+    last=$(grep -o "\"step\": *[0-9]*" model/model.json | grep -o "[0-9]*$" | head -n 1)
+    names="$(echo "$names" | grep -vx "$last") model"
+fi
 for name in $names; do
+    if [ -e "reports/$name/report.json" ]; then continue; fi
     failures=$(cat reports/failed.txt 2>/dev/null | grep -c "^$name ")
-    if [ ! -e "reports/$name/report.json" ] && [ "$failures" -lt 3 ]; then echo "$name"; fi
+    if [ "$failures" -lt 3 ]; then echo "todo $name"; else echo "failed $name"; fi
 done
 exit 0'
 
@@ -59,29 +73,51 @@ exec "$python" -m ldm_jax.evaluate "$@"'
 
 note='mkdir -p "$1/reports" && echo "$2" >> "$1/reports/failed.txt"'
 
+# The signal to stop goes to what is running, and the script waits for its end.
+child=
+stop() {
+    if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; wait "$child" 2>/dev/null || true; fi
+    exit 143
+}
+trap stop TERM INT
+waiting() { # a command and its arguments, as a child that signals interrupt
+    "$@" &
+    child=$!
+    local code=0
+    wait "$child" || code=$?
+    child=
+    return $code
+}
+
 while :; do
-    mapfile -t names < <(on_one "$look" look "$run" || echo unseen)
-    if [ "${names[*]: -1}" = unseen ]; then
+    mapfile -t lines < <(on_one "$look" look "$run" || echo unseen)
+    if [ "${lines[*]: -1}" = unseen ]; then
         echo "error: $run cannot be looked at" >&2
         exit 2
     fi
     finished=
     failed=
-    for name in "${names[@]}"; do
-        case $name in
+    for line in "${lines[@]}"; do
+        name=${line#* }
+        case $line in
             finished) finished=1 && continue ;;
-            model) which=() ;;
-            *) which=(--step "$name") ;;
+            failed*) failed=${failed:-no} && continue ;;
+            "todo model") which=() ;;
+            todo*) which=(--step "$name") ;;
+            *) continue ;;
         esac
         echo "evaluating $run, $name"
-        on_all "$evaluate" evaluate --model "$run" --output "$run/reports/$name" "${which[@]}" "${coordinator[@]}" "$@" </dev/null && continue
-        failed="$name failed with exit code $?"
-        echo "$failed" >&2
-        on_one "$note" note "$run" "$failed" </dev/null
+        code=0
+        waiting on_all "$evaluate" evaluate --model "$run" --output "$run/reports/$name" "${which[@]}" "${coordinator[@]}" "$@" </dev/null ||
+            code=$?
+        [ $code -eq 0 ] && continue
+        failed=again
+        echo "$name failed with exit code $code" >&2
+        on_one "$note" note "$run" "$name failed with exit code $code" </dev/null
     done
-    if [ -n "${ONCE:-}" ] || { [ -n "$finished" ] && [ -z "$failed" ]; }; then
+    if [ -n "${ONCE:-}" ] || { [ -n "$finished" ] && [ "$failed" != again ]; }; then
         break
     fi
-    sleep "${INTERVAL:-300}"
+    waiting sleep "${INTERVAL:-300}"
 done
 [ -z "$failed" ]

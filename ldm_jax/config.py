@@ -208,12 +208,28 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"first_stage.codebook.beta must be a finite number from 0 up, not {codebook.beta}")
     if config.evaluate.prompts < 2:
         raise UserError(f"evaluate.prompts must be at least 2, as scenes exchange their conditions, not {config.evaluate.prompts}")
+    _check_held_out(config)
     if config.evaluate.every < 0:
         raise UserError(f"evaluate.every must be 0 (no evaluations while training) or more, not {config.evaluate.every}")
     if not config.evaluate.guidance or config.evaluate.held_out < 0:
         raise UserError("evaluate.guidance needs at least one scale, and evaluate.held_out may not be negative")
     if config.task == "autoencoder" or not config.first_stage.path:
         check_resolution(config, latent_factor(config.first_stage))
+
+
+def _check_held_out(config: ConfigDict) -> None:
+    """Raises UserError where `evaluate.path` and `evaluate.split` name no other pictures than those of the training."""
+    group, data = config.evaluate, config.data
+    if not (group.path or group.split):
+        return
+    if data.source == "shapes":
+        raise UserError("evaluate.path and evaluate.split are of files; held-out scenes are drawn")
+    if group.split and data.source not in ("tfds", "table"):
+        raise UserError(f"evaluate.split has no meaning for data.source={data.source}: give evaluate.path")
+    if (group.path or data.path, group.split or data.split) == (data.path, data.split):
+        raise UserError("evaluate.path and evaluate.split name the pictures of the training: held-out ones are others")
+    if config.conditioning.neighbors.enabled:
+        raise UserError("evaluate.path: neighbours of held-out pictures are not searched; leave evaluate.path and evaluate.split empty")
 
 
 def bucket_sizes(data: ConfigDict) -> list[tuple[int, int]]:

@@ -45,7 +45,7 @@ def parser() -> cli.Parser:
     told = p.add_argument_group("what a model is told; by default what its own data say")
     told.add_argument("--prompts-file", metavar="FILE", help="a prompt a line: those of the model, or of --samples in their order")
     told.add_argument(
-        "--labels", choices=("balanced", "random", "data"), default="balanced", help="classes: as many of each (default), ..."
+        "--labels", choices=("balanced", "random", "data"), help="classes: as many of each (default), drawn by chance, or those of the data"
     )
     p.add_argument("--sweep", metavar="NAME=A,B,...", help="samples for each value of an option, such as guidance=1,1.5,2,3")
     weights = p.add_argument_group("weights of the networks that measure; or in the environment, as LDM_INCEPTION and so on")
@@ -65,27 +65,41 @@ def parser() -> cli.Parser:
 def check(args: Any, overrides: list[str]) -> None:
     """Raises UserError for flags that do not go together."""
     if args.write_reference:
-        if args.samples or args.model:
+        if not args.write_reference.endswith(".npz"):
+            raise UserError(f"--write-reference writes an .npz, not {args.write_reference}")
+        if args.samples or args.model or not (args.config or args.reference):
             raise UserError("--write-reference measures a reference alone: give --config or --reference, without --samples and --model")
-        if not (args.config or args.reference):
-            raise UserError("--write-reference needs the pictures: give --config or --reference")
+        if args.allow_small or args.keep_features or args.output:
+            raise UserError("--write-reference leaves statistics alone: --output, --allow-small and --keep-features have no effect")
     elif (args.samples is None) == (args.model is None):
         raise UserError("give --samples (pictures that are there) or --model (pictures are drawn)")
-    if not args.output and not args.write_reference:
+    elif not args.output:
         raise UserError("give --output, a directory for the report")
     if overrides and not (args.config or args.model):
         raise UserError(f"unknown argument {overrides[0]!r}")
-    if args.paired and not args.samples:
-        raise UserError("--paired is of --samples; the first stage of a --model is evaluated with --reconstructions")
-    if args.sweep and (not args.model or args.reconstructions):
-        raise UserError("--sweep draws samples of a --model")
-    if args.prompts_file and (args.reconstructions or args.paired or args.write_reference):
+    if args.paired and args.prompts_file:
         raise UserError("--prompts-file is of samples, and not of reconstructions")
     for name in ("num", "reference_num", "measure_batch", "crop"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if args.guidance and len(args.guidance) > 1:
         raise UserError("one --guidance; several are compared by --sweep guidance=1,2,...")
+    if (args.vgg is None) != (args.lpips is None):
+        raise UserError("LPIPS needs both --vgg and --lpips")
+
+
+def check_effects(args: Any) -> None:
+    """Raises UserError for flags that have no effect on what is evaluated. (Of a model without a denoiser it is known once it is read.)"""
+    from ldm_jax.training import evaluation_job as kinds
+
+    if args.write_reference:
+        kinds.check_effect(args, kinds.WRITTEN, "--write-reference measures the reference")
+    elif args.samples:
+        kinds.check_effect(args, kinds.SAMPLES, "--samples are measured as they are")
+    elif args.reconstructions:
+        kinds.check_effect(args, kinds.FIRST_STAGE, "a first stage reconstructs pictures")
+    else:
+        kinds.check_effect(args, kinds.DRAWN, "pictures are drawn from the --model")
 
 
 def sweep_of(text: str | None) -> tuple[str, list[float]]:
@@ -113,6 +127,7 @@ def main() -> int:
     cli.start("auto", args.coordinator, args.num_processes, args.process_id)
     from ldm_jax.evaluation.job import open_tools
 
+    check_effects(args)
     tools = open_tools({name: getattr(args, name) for name in _WEIGHTS}, args.measure_batch, args.allow_small, args.any_weights)
     if args.write_reference:
         write_reference(args, overrides, tools)
@@ -120,13 +135,23 @@ def main() -> int:
     import ldm_jax
     from ldm_jax.training.evaluation_job import Evaluation
 
-    output = Path(args.output)
-    lines = Evaluation(args, overrides, tools, prompts, swept, ["python -m ldm_jax.evaluate", *sys.argv[1:]], ldm_jax.load).run(output)
-    if not args.keep_features:
-        shutil.rmtree(output / "features", ignore_errors=True)
+    output, command = Path(args.output), ["python", "-m", "ldm_jax.evaluate", *sys.argv[1:]]
+    lines = Evaluation(args, overrides, tools, prompts, swept, command, ldm_jax.load).run(output)
+    remove(output / "features", args.keep_features)
     print("\n".join(lines))
     print(f"report: {output / 'report.html'}")
     return cli.OK
+
+
+def remove(features: Path, keep: bool) -> None:
+    """Removes what was measured once no process reads it any more, unless it is to be kept."""
+    import jax
+
+    from ldm_jax.evaluation.parts import wait_for_all
+
+    wait_for_all(f"done with {features}")
+    if not keep and jax.process_index() == 0:
+        shutil.rmtree(features, ignore_errors=True)
 
 
 def write_reference(args: Any, overrides: list[str], tools: "Tools") -> None:
@@ -140,7 +165,7 @@ def write_reference(args: Any, overrides: list[str], tools: "Tools") -> None:
     if reference is None or reference.pictures is None:
         raise UserError("--write-reference needs pictures, and the reference is of statistics alone")
     found = job.write_reference(tools, reference.pictures, directory, path)
-    shutil.rmtree(directory, ignore_errors=True)
+    remove(directory, False)
     print(f"{path}: {len(reference.pictures)} pictures, {', '.join(found)}")
 
 

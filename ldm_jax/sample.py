@@ -52,7 +52,7 @@ def parser() -> cli.Parser:
 
 def add_drawing(p: cli.Parser) -> None:
     """The flags of how samples are drawn, and by which weights of a run."""
-    p.add_argument("--steps", type=int)
+    p.add_argument("--steps", type=int, help="of the sampler")
     p.add_argument("--guidance", type=float, nargs="+", help="scale, 1 is none; one number, or one for each image")
     p.add_argument("--guidance-kind", choices=("cfg", "cfg++", "apg"))
     p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="levels of sigma/alpha that are guided")
@@ -60,11 +60,11 @@ def add_drawing(p: cli.Parser) -> None:
     p.add_argument("--guidance-parallel", type=float, help="apg: share of the difference along the picture that is kept")
     p.add_argument("--guidance-radius", type=float, help="apg: largest norm of the difference, 0 for none")
     p.add_argument("--guidance-momentum", type=float, help="apg: factor of the differences before, usually negative")
-    p.add_argument("--sampler")
-    p.add_argument("--spacing")
-    p.add_argument("--eta", type=float)
-    p.add_argument("--seed", type=int)
-    p.add_argument("--batch-size", type=int)
+    p.add_argument("--sampler", help="docs/samplers.md compares them")
+    p.add_argument("--spacing", help="of the levels that the sampler visits")
+    p.add_argument("--eta", type=float, help="ddim: share of the ancestral noise, 0 to 1")
+    p.add_argument("--seed", type=int, help="image i is a function of it, i and what it is told")
+    p.add_argument("--batch-size", type=int, help="images that are drawn at once")
     p.add_argument("--step", type=int, help="of a work directory: the checkpoint to use in place of the finished model")
     p.add_argument("--ema", help="of a work directory: the decay of the average to use")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))

@@ -130,8 +130,9 @@ def test_a_report_says_what_its_numbers_depend_on(command: Evaluate, runs: dict[
     written = report(tmp_path / "out")
     # Three levels, at each of which guidance evaluates the network twice.
     assert written["settings"]["network evaluations a sample"] == 6
-    expected = {"sampler": "euler", "steps": 3, "guidance": 2.0, "seed": 7, "told": "scenes that training has not seen"}
+    expected = {"sampler": "euler", "steps": 3, "guidance": 2.0, "seed": 7, "dtype": "float32", "EMA": "the first"}
     assert {name: written["settings"][name] for name in expected} == expected
+    assert written["settings"]["told"]["scenes"] == "that training has not seen" and len(written["settings"]["weights of the model"]) > 8
     assert "rounded" in written["settings"]["quantisation"] and "colors" in written["rules"]
     assert written["versions"]["jax"] == jax.__version__
     assert written["reference"]["crop"] == "the central square, resized as ADM does"
@@ -203,7 +204,8 @@ def test_a_first_stage(command: Evaluate, runs: dict[str, Path], tmp_path: Path)
     code, _, err = command("--model", runs["text"], "--reconstructions", "--output", "out", "--num", "20")
     assert code == cli.OK, err
     found = values(tmp_path / "out")
-    originals = np.stack([ShapesSource(20, SEED, 16, counts=(1, 2, 3))[i]["image"] for i in range(20)])
+    chosen = np.sort(np.random.Generator(np.random.Philox(0)).permutation(64)[:20])  # of the data.size scenes
+    originals = np.stack([ShapesSource(64, SEED, 16, counts=(1, 2, 3))[int(i)]["image"] for i in chosen])
     model = ldm_jax.load(str(runs["text"]))
     made = np.rint(np.clip(127.5 * model.decode(model.encode(originals)) + 127.5, 0, 255))
     psnr = 10 * np.log10(255**2 / ((made - originals) ** 2).mean((1, 2, 3)))
@@ -272,9 +274,19 @@ def test_all_of_inceptions_metrics_by_the_command(command: Evaluate, tmp_path: P
         (("--samples", "x", "--model", "y", "--output", "o"), "give --samples"),
         (("--samples", "x"), "give --output"),
         (("--samples", "nothing.npz", "--output", "o"), "no file or folder nothing.npz"),
-        (("--samples", "s.npz", "--output", "o", "--steps", "3"), "--steps says how a --model is sampled"),
-        (("--samples", "s.npz", "--output", "o", "--num", "3"), "--num is of samples that are drawn"),
-        (("--samples", "s.npz", "--output", "o", "--sweep", "guidance=1,2"), "--sweep draws samples of a --model"),
+        (("--samples", "s.npz", "--output", "o", "--steps", "3"), "--steps has no effect here"),
+        (("--samples", "s.npz", "--output", "o", "--labels", "random"), "--labels has no effect here"),
+        (("--samples", "s.npz", "--output", "o", "--ema", "0.9"), "--ema has no effect here"),
+        (("--samples", "s.npz", "--reference", "s.npz", "--output", "o", "--config", "c.py"), "--config has no effect here"),
+        (("--samples", "s.npz", "--reference", "s.npz", "--output", "o", "--reference-num", "2"), "all of --reference is measured"),
+        (("--samples", "s.npz", "--reference", "g.npz", "--output", "o", "--crop", "8"), "statistics of what was cropped before"),
+        (("--samples", "s.npz", "--output", "o", "--vgg", "two.txt"), "both --vgg and --lpips"),
+        (("--samples", "s.npz", "--output", "two.txt"), "cannot create two.txt"),
+        (("--model", "x", "--output", "o", "--reconstructions", "--steps", "3"), "--steps has no effect here"),
+        (("--write-reference", "r.npz", "--reference", "s.npz", "--steps", "3"), "--steps has no effect here"),
+        (("--write-reference", "r.txt", "--reference", "s.npz"), "writes an .npz, not r.txt"),
+        (("--samples", "s.npz", "--output", "o", "--num", "3"), "--num has no effect here"),
+        (("--samples", "s.npz", "--output", "o", "--sweep", "guidance=1,2"), "--sweep has no effect here"),
         (("--samples", "s.npz", "--output", "o", "--config.data.size=3"), "unknown argument"),
         (("--samples", "s.npz", "--output", "o", "--paired"), "--paired holds samples against originals"),
         (("--samples", "s.npz", "--output", "o", "--measure-batch", "0"), "--measure-batch must be at least 1"),
@@ -285,7 +297,7 @@ def test_all_of_inceptions_metrics_by_the_command(command: Evaluate, tmp_path: P
         (("--model", "x", "--output", "o", "--sweep", "guidance=a,2"), "--sweep guidance=a,2"),
         (("--model", "x", "--output", "o", "--sweep", "guidance=1,1"), "each once"),
         (("--model", "x", "--output", "o", "--guidance", "1", "2"), "one --guidance"),
-        (("--write-reference", "r.npz"), "--write-reference needs the pictures"),
+        (("--write-reference", "r.npz"), "give --config or --reference"),
         (("--write-reference", "r.npz", "--samples", "s.npz"), "without --samples"),
         (("--write-reference", "r.npz", "--reference", "g.npz"), "statistics alone"),
         (("--samples", "s.npz", "--output", "o", "--clip", "nowhere"), "the weights of clip are not at nowhere"),

@@ -18,7 +18,7 @@ from ldm_jax.diffusion.checks import check_finite
 from ldm_jax.diffusion.grid import Grid
 from ldm_jax.diffusion.prediction import coefficients, solve
 from ldm_jax.diffusion.process import Process, expand
-from ldm_jax.diffusion.samplers import Denoise, Remembering
+from ldm_jax.diffusion.samplers import Denoise, Remembering, SamplerSettings, sampling_grid, table_of
 from ldm_jax.diffusion.schedules import lookup
 from ldm_jax.diffusion.solvers import ancestral_noise
 
@@ -190,9 +190,7 @@ def _combined(
         t = jnp.broadcast_to(t, x.shape[:1])
         if settings.everywhere or process is None:
             return guide(x, t, memory)
-        low, high = settings.interval
-        alpha, sigma = process.alpha(t[0]), process.sigma(t[0])
-        inside = (sigma > low * alpha) & ((sigma <= high * alpha) | (high == math.inf))
+        inside = _inside(process, t[0], settings.interval)
         return jax.lax.cond(inside, guide, lambda x, t, memory: (_at_least_float32(alone(x, t)), memory), x, t, memory)
 
     if settings.momentum:
@@ -240,6 +238,20 @@ def _rescaled(result: jax.Array, wanted: jax.Array, share: float) -> jax.Array:
 
 def _at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _inside(process: Process, t: jax.Array, interval: tuple[float, float]) -> jax.Array:
+    """Whether sigma/alpha at times t lies above the interval's first number and up to the second, shaped as t."""
+    low, high = interval
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return (sigma > low * alpha) & ((sigma <= high * alpha) | (high == math.inf))
+
+
+def evaluations(process: Process, settings: SamplerSettings, interval: tuple[float, float] | None = None) -> int:
+    """How often the network is evaluated for one sample from noise: twice at levels within an interval of guidance; None is no guidance."""
+    t = table_of(process, sampling_grid(process, settings), settings).level.t
+    # In the precision of the loop, in which a level may fall on either side of an end of the interval.
+    return len(t) + (0 if interval is None else int(_inside(process, jnp.asarray(t, jnp.float32), interval).sum()))
 
 
 def _check_alike(cond: Conditioning, null: Conditioning) -> None:

@@ -121,17 +121,8 @@ def sampling_grid(process: Process, settings: SamplerSettings, from_data: bool =
     return grid.after(settings.steps - run) if from_data else grid
 
 
-def evaluations(process: Process, settings: SamplerSettings, guided: tuple[float, float] | None = None) -> int:
-    """How often the network is evaluated for one sample from noise; twice at levels of sigma/alpha above guided[0] and up to guided[1]."""
-    table = _table(process, sampling_grid(process, settings), settings)
-    if guided is None:
-        return len(table.noise)
-    with np.errstate(divide="ignore"):
-        ratio = table.level.sigma / table.level.alpha
-    return len(ratio) + int(((ratio > guided[0]) & (ratio <= guided[1])).sum())
-
-
-def _table(process: Process, grid: Grid, settings: SamplerSettings) -> Table:
+def table_of(process: Process, grid: Grid, settings: SamplerSettings) -> Table:
+    """What `trajectory` goes through on a grid."""
     options = Options(SOLVERS[settings.kind].eta or settings.eta, settings.churn, settings.churn_interval, settings.churn_noise)
     with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is found later
         return SOLVERS[settings.kind].table(process, grid, options)
@@ -185,7 +176,7 @@ def trajectory(
     """
     if init is None and settings.strength != 1:
         raise ValueError(f"strength={settings.strength:g} without data to start from: give the data, or leave strength at 1")
-    table = _table(process, sampling_grid(process, settings, init is not None), settings)
+    table = table_of(process, sampling_grid(process, settings, init is not None), settings)
     _check_determined(process, prediction, settings, table)
     dtype = jnp.promote_types(noise.dtype, jnp.float32)
     if not np.any(table.noise > 0) and known is None:

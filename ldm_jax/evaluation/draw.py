@@ -9,13 +9,14 @@ from tqdm import tqdm
 
 from ldm_jax.config import UserError
 from ldm_jax.data.latents import weights_fingerprint
-from ldm_jax.diffusion.samplers import evaluations
+from ldm_jax.diffusion.guidance import evaluations
 from ldm_jax.evaluation import parts
 from ldm_jax.evaluation.told import Told
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.sampling import is_plain, make_sampling
 
 _OF_APG = ("parallel", "radius", "momentum")
+_OF_SOME = ("churn", "threshold")  # settings of some models
 
 
 def draw(model: LatentDiffusion, examples: Told, number: int, options: Mapping[str, Any], directory: Path, about: Any) -> None:
@@ -71,8 +72,19 @@ def settings(model: LatentDiffusion, options: Mapping[str, Any]) -> dict[str, An
         "guidance rescale": sampling.guidance.rescale if guided else 0.0,
         **{f"guidance {name}": getattr(sampling.guidance, name) for name in _OF_APG if guided and sampling.guidance.kind == "apg"},
         "seed": stored["seed"] if options.get("seed") is None else options["seed"],
+        **{name: stored[name] for name in _OF_SOME if stored.get(name) not in (None, "none", 0, 0.0)},
         "prediction": model.denoiser.prediction,
+        **described(model),
+    }
+
+
+def described(model: LatentDiffusion) -> dict[str, Any]:
+    """Which weights these are, and what they compute in."""
+    network = model.first_stage.network if model.denoiser is None else model.denoiser.network
+    return {
+        "dtype": np.dtype(network.dtype).name,
         "updates of training": model.info.get("step"),
+        "weights of the model": weights_fingerprint(model.params),
     }
 
 

@@ -13,7 +13,8 @@ from ldm_jax.evaluation import extractors as ex
 from ldm_jax.evaluation import protocol
 from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.features import Features, measure
-from ldm_jax.evaluation.pairs import Pairs, codebook_metrics, pair_extractor, pair_metrics, reconstruct
+from ldm_jax.evaluation.metrics import squared_distances
+from ldm_jax.evaluation.pairs import Pairs, codebook_metrics, pair_extractor, pair_metrics, pairs_missing, reconstruct
 from ldm_jax.evaluation.pictures import Pictures, crop, open_pictures
 from ldm_jax.evaluation.scores import Metric, Missing, Side, score
 from ldm_jax.evaluation.stored import Gaussian, Stored, read_stored, write_stored
@@ -108,7 +109,9 @@ class Reference:
             assert self.pictures is not None
             return protocol.facts_of(self.pictures)
         provenance = self.stored.provenance
-        size = provenance.get("size") or (None if self.pictures is None else self.pictures.size)
+        size = provenance.get("size")
+        if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)):
+            size = None if self.pictures is None else self.pictures.size
         number = max((gaussian.number for gaussian in self.stored.gaussians.values()), default=0)
         return protocol.Facts(number, tuple(size) if size else None, None, 0, provenance, statistics=True)
 
@@ -119,14 +122,23 @@ class Reference:
             if self.pictures is not None:
                 measured = measure(self.pictures, tools.extractors, self.directory, tools.batch_size, "reference")
             stored = self.stored
-            self._side = Side(measured, stored.gaussians if stored else {}, stored.features if stored else {})
+            self._side = Side(measured) if stored is None else Side(measured, stored.gaussians, stored.features, _foreign(tools, stored))
         return self._side
+
+
+def _foreign(tools: Tools, stored: Stored) -> frozenset[str]:
+    """Networks that the statistics were measured by with other weights, where both are known."""
+    theirs = stored.provenance.get("weights")
+    known = theirs if isinstance(theirs, dict) else {}
+    return frozenset(name for name, digest in tools.weights.items() if name in known and known[name] != digest)
 
 
 def open_reference(path: str, directory: Path, size: tuple[int, int] | None = None) -> Reference:
     """Of a file or folder; pictures are cropped to `size` where one is given. Raises UserError."""
     stored = read_stored(path)
     if stored is not None:
+        if size:
+            raise UserError(f"--crop is of pictures, and {path} holds statistics of what was cropped before")
         return Reference(stored.pictures, stored, {"path": path, "form": stored.origin, **stored.provenance}, directory)
     pictures = open_pictures(path)
     pictures = crop(pictures, size) if size else pictures
@@ -141,6 +153,7 @@ class Outcome:
     missing: list[Missing] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     neighbors: dict[str, Any] | None = None
+    tables: list[dict[str, Any]] = field(default_factory=list)
 
 
 def compare(
@@ -159,7 +172,9 @@ def compare(
     features = measure(samples, tools.extractors, directory / "samples", tools.batch_size, "samples")
     side = reference.side(tools) if reference else None
     found.warnings += protocol.warnings(protocol.facts_of(samples), reference.facts if reference else None, reconstructions)
-    found.warnings += protocol.duplicates(features.keys)
+    found.warnings += [] if reconstructions else protocol.duplicates(features.keys)
+    if any(e.name == "inception" and not e.weights.startswith(ex.INCEPTION_HASH) for e in tools.extractors):
+        found.warnings.append("Inception has other weights than the FID's: what is called FID here compares with nothing that is published")
     metrics, missing = score(features, side, tools.allow_small)
     found.metrics += metrics
     found.missing += missing
@@ -167,7 +182,33 @@ def compare(
         found.metrics.append(clip_score(tools.clip, features, captions))
     if side is not None and side.measured is not None and reference is not None and reference.pictures is not None:
         found.neighbors = nearest(features, side.measured, samples, reference.pictures)
+        if samples.labels is not None and not reconstructions:
+            found.tables.append(by_class(features, side.measured, samples.labels))
     return found
+
+
+def by_class(ours: Features, theirs: Features, labels: np.ndarray) -> dict[str, Any]:
+    """How far the samples of each class lie from the nearest picture of the reference and from each other, by the best features.
+
+    A class far from everything is not learnt; one whose samples lie close together shows less than there is.
+    """
+    name = best_features(ours)
+    rows = np.concatenate(list(ours.blocks(name))).astype(np.float64)
+    known = theirs.rows(name, _KEPT_ROWS).astype(np.float64)
+    away = np.sqrt(np.concatenate([squares.min(1) for squares in squared_distances(rows, known)]))
+    found: list[list[Any]] = []
+    for label in np.unique(labels):
+        own = rows[labels == label]
+        # The mean of |x - y|^2 over pairs of two is twice the trace of the covariance.
+        spread = float(np.sqrt(2 * own.var(0, ddof=1).sum())) if len(own) > 1 else None
+        found.append([int(label), len(own), float(away[labels == label].mean()), spread])
+    columns = ["class", "n", "from the nearest picture", "from each other"]
+    return {"title": f"Classes, distances of {name} features", "columns": columns, "rows": found}
+
+
+def best_features(found: Features) -> str:
+    """Of what was measured, the features that see most."""
+    return next(name for name in ("dino", "clip", "inception", "colors") if name in found.names)
 
 
 def clip_score(clip: Clip, features: Features, captions: Sequence[str]) -> Metric:
@@ -185,7 +226,7 @@ def clip_score(clip: Clip, features: Features, captions: Sequence[str]) -> Metri
 
 def nearest(ours: Features, theirs: Features, samples: Pictures, reference: Pictures) -> dict[str, Any]:
     """The reference's pictures nearest to the first samples, by the best features there are: has a model learnt pictures by heart?"""
-    name = next(name for name in ("dino", "clip", "inception", "colors") if name in ours.names)
+    name = best_features(ours)
     queries = next(iter(ours.blocks(name)))[:_SHOWN].astype(np.float64)
     best = np.full((len(queries), 0), np.inf)
     places = np.zeros((len(queries), 0), int)
@@ -218,23 +259,22 @@ def paired(tools: Tools, made: Pictures, reference: Reference, directory: Path) 
     outcome = compare(tools, made, reference, directory, reconstructions=True)
     outcome.metrics = [replace(m, name=f"r{m.name}") if m.name in ("FID", "sFID") else m for m in outcome.metrics]
     if reference.pictures is not None and not reference.facts.statistics:
-        outcome.metrics = pair_scores(tools, made, reference.pictures, directory, outcome.warnings) + outcome.metrics
-        if not tools.pairs.params:
-            why = "no weights: give --vgg (torchvision's vgg16-397923af.pth) and --lpips (the heads, vgg.pth of package lpips)"
-            outcome.missing.append(Missing("LPIPS, PSIM", why))
+        add_pair_scores(outcome, tools, made, reference.pictures, directory)
     return outcome
 
 
-def pair_scores(tools: Tools, made: Pictures, originals: Pictures, directory: Path, warnings: list[str]) -> list[Metric]:
-    """PSNR and its like; `warnings` gets one where the pictures were cut off to uint8. Raises UserError."""
+def add_pair_scores(outcome: Outcome, tools: Tools, made: Pictures, originals: Pictures, directory: Path) -> None:
+    """PSNR and its like, before the outcome's other metrics; with a warning where the pictures were cut off to uint8. Raises UserError."""
     try:
         pairs = Pairs(originals, made)
     except ValueError as error:
         raise UserError(str(error)) from error
-    found = pair_metrics(measure(pairs, [tools.pairs], directory / "pairs", tools.batch_size, "pairs"))
+    features = measure(pairs, [tools.pairs], directory / "pairs", tools.batch_size, "pairs")
+    found = pair_metrics(features)
     bias = next(metric for metric in found if metric.name.startswith("bias"))
-    warnings += protocol.truncation(bias.value, bias.error or 0.0)
-    return found
+    outcome.metrics = found + outcome.metrics
+    outcome.missing += pairs_missing(features, bool(tools.pairs.params))
+    outcome.warnings += protocol.truncation(bias.value, bias.error or 0.0)
 
 
 def write_reference(tools: Tools, pictures: Pictures, directory: Path, path: Path) -> dict[str, Gaussian]:
@@ -251,5 +291,6 @@ def write_reference(tools: Tools, pictures: Pictures, directory: Path, path: Pat
         "weights": tools.weights,
         "rules": tools.rules,
     }
-    write_stored(path, gaussians, rows, provenance)
+    if jax.process_index() == 0:
+        write_stored(path, gaussians, rows, provenance)
     return gaussians

@@ -96,14 +96,14 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3) -> 
 
 def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
     radii = _radii(manifold, k)
-    return float(np.concatenate([(squares <= radii).any(1) for squares in _squared_distances(points, manifold)]).mean())
+    return float(np.concatenate([(squares <= radii).any(1) for squares in squared_distances(points, manifold)]).mean())
 
 
 def density_coverage(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[float, float]:
     """How many of the reference's balls a sample lies in, over k; and the share of balls with a sample in them (arXiv 2002.09797)."""
     reference, samples = (np.asarray(a, np.float64) for a in (reference, samples))
     radii, number, hit = _radii(reference, k), 0, np.zeros(len(reference), bool)
-    for squares in _squared_distances(samples, reference):
+    for squares in squared_distances(samples, reference):
         within = squares < radii
         number, hit = number + int(within.sum()), hit | within.any(0)
     return number / (k * len(samples)), float(hit.mean())
@@ -114,10 +114,10 @@ def _radii(points: np.ndarray, k: int) -> np.ndarray:
     if len(points) <= k:
         raise ValueError(f"{len(points)} points have no {k} neighbours each")
     # Each point is its own nearest.
-    return np.concatenate([np.partition(squares, k, axis=1)[:, k] for squares in _squared_distances(points, points)])
+    return np.concatenate([np.partition(squares, k, axis=1)[:, k] for squares in squared_distances(points, points)])
 
 
-def _squared_distances(points: np.ndarray, others: np.ndarray) -> Iterator[np.ndarray]:
+def squared_distances(points: np.ndarray, others: np.ndarray) -> Iterator[np.ndarray]:
     """[block,m] for blocks of points [n,d], in order; of a point to itself exactly 0."""
     squares = (others**2).sum(1)
     for start in range(0, len(points), _BLOCK):

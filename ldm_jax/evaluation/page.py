@@ -44,7 +44,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
         _section("Not measured", _definitions((row["name"], row["why"]) for row in report.get("missing") or [])),
         _compared(report),
         _section("Samples", _samples(pictures)),
-        _section("Nearest training pictures", _neighbors(pictures.get("neighbors"))),
+        _section("Nearest pictures of the reference", _neighbors(pictures.get("neighbors"))),
         _sweep(report.get("sweep")),
         _section("Curves", _curves(report.get("curves") or [])),
         *map(_one_table, report.get("tables") or []),

@@ -8,24 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from ldm_jax.config import UserError
 from ldm_jax.evaluation import parts
 from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.features import Features
 from ldm_jax.evaluation.pictures import Pictures
-from ldm_jax.evaluation.scores import Metric
+from ldm_jax.evaluation.scores import Metric, Missing
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.nn.autoencoder import VQAutoencoder
 from ldm_jax.nn.lpips import lpips
 from ldm_jax.stages import to_float, to_uint8
 
 _WINDOW, _SIGMA = 11, 1.5  # of SSIM, pixels
+_PERCEPTUAL = 16  # the smallest side that VGG16's poolings leave something of
 _BETTER = {"PSNR": "higher", "SSIM": "higher", "LPIPS": "lower", "PSIM": "lower", "bias": None}
 
 
 def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Peak signal to noise of uint8 pictures [N,H,W,3], dB [N]; a mean square counts as 1/12 at least, that of rounding."""
+    """Peak signal to noise of uint8 pictures [N,H,W,3], dB [N]; equal ones count as if one value were off by one level."""
     square = jnp.mean(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)), axis=(1, 2, 3))
-    return 10 * jnp.log10(255**2 / jnp.maximum(square, 1 / 12))
+    return 10 * jnp.log10(255**2 / jnp.maximum(square, 1 / x[0].size))
 
 
 def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -55,14 +57,18 @@ def _blurred(images: jax.Array) -> jax.Array:
 def pair_extractor(perceptual: Any | None, weights: str) -> Extractor:
     """Scores [N,1] of pairs, uint8 [N,H,W,6]: originals and what was made of them. `perceptual` has the parameters of `nn.lpips`.
 
-    `bias` is by how many levels the second are brighter. PSIM, which the paper's table 8 gives without a definition, is taken as LPIPS
-    without its learnt weights: squared distances of VGG16's unit features, summed over five layers.
+    SSIM is left out of pictures below 11 px, LPIPS and PSIM of those below 16. `bias` is by how many levels the second are brighter. PSIM,
+    which the paper's table 8 gives without a definition, is taken as LPIPS without its learnt weights: squared distances of VGG16's unit
+    features, summed over five layers.
     """
 
     def function(params: Any, images: jax.Array) -> dict[str, jax.Array]:
         x, y = images[..., :3], images[..., 3:]
-        found = {"PSNR": psnr(x, y), "SSIM": ssim(x, y), "bias": jnp.mean(y.astype(jnp.float32) - x.astype(jnp.float32), axis=(1, 2, 3))}
-        if params:
+        found = {"PSNR": psnr(x, y), "bias": jnp.mean(y.astype(jnp.float32) - x.astype(jnp.float32), axis=(1, 2, 3))}
+        side = min(x.shape[1:3])
+        if side >= _WINDOW:
+            found["SSIM"] = ssim(x, y)
+        if params and side >= _PERCEPTUAL:
             floats = to_float(x), to_float(y)
             plain = {**params, "heads": [jnp.ones_like(head) for head in params["heads"]]}
             found |= {"LPIPS": lpips(params, *floats), "PSIM": lpips(plain, *floats)}
@@ -93,6 +99,16 @@ class Pairs(Pictures):
         return f"pairs of {self._both[0].describe()} and {self._both[1].describe()}"
 
 
+def pairs_missing(found: Features, perceptual: bool) -> list[Missing]:
+    """Why scores of pairs are not there."""
+    weights = "no weights: give --vgg (torchvision's vgg16-397923af.pth) and --lpips (the heads, vgg.pth of package lpips)"
+    small = "the pictures are smaller than {} px"
+    missing = [] if "SSIM" in found.names else [Missing("SSIM", small.format(_WINDOW))]
+    if "LPIPS" not in found.names:
+        missing.append(Missing("LPIPS, PSIM", small.format(_PERCEPTUAL) if perceptual else weights))
+    return missing
+
+
 def pair_metrics(found: Features) -> list[Metric]:
     """Means over the pairs, with their standard errors."""
     metrics = []
@@ -107,8 +123,12 @@ def pair_metrics(found: Features) -> list[Metric]:
 def reconstruct(model: LatentDiffusion, originals: Pictures, directory: Path, batch_size: int, about: Any) -> None:
     """Writes reconstructions (the mode) of all pictures as .npz files in ADM's form, in parts; of a VQ model with `codes`, how often each
     entry of its codebook was taken. Raises UserError."""
-    parts.claim(directory, {"pictures": originals.fingerprint(), "number": len(originals), "model": about, "part": batch_size})
-    stage = model.first_stage
+    stage, factor = model.first_stage, model.first_stage.network.factor
+    if originals.size[0] % factor or originals.size[1] % factor:
+        height, width = originals.size
+        raise UserError(f"pictures of {width}x{height} are not divisible by the autoencoder's factor {factor}: --crop makes them fit")
+    how = {"part": batch_size, "dtype": np.dtype(stage.network.dtype).name}
+    parts.claim(directory, {"pictures": originals.fingerprint(), "number": len(originals), "model": about, **how})
 
     @jax.jit
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:

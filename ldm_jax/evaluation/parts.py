@@ -27,8 +27,11 @@ def claim(directory: Path, about: dict[str, Any]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         there = json.loads(known.read_text()) if known.exists() else None
+        others = [] if known.exists() else sorted(file.name for file in directory.iterdir())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use {directory}: {error}; give another --output") from error
+    if others:
+        raise UserError(f"{directory} holds {others[0]} and is no part of an evaluation: give another --output")
     about = json.loads(json.dumps(about))  # tuples as lists, as they are read
     if there is not None and there != about:
         different = ", ".join(name for name in sorted({*there, *about}) if there.get(name) != about.get(name))

@@ -27,6 +27,7 @@ from ldm_jax.evaluation.adm_npz import DAMAGE, Rows, array_names, damaged, read_
 from ldm_jax.interop.torch_file import one_line
 
 _OVERVIEWS = ("grid.png", "states.png")  # what `ldm_jax.sample` puts beside its pictures
+CENTRAL = "the central square, resized as ADM does"  # a provenance's `crop`
 _JPEG = b"\xff\xd8\xff"
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -256,7 +257,7 @@ class _Cropped(Pictures):
 
     def __init__(self, below: Pictures, size: tuple[int, int]) -> None:
         self._below, self.size, self.labels = below, size, below.labels
-        self._how = f"resized as in ADM (halved by a box filter, then bicubic) and cropped to the centre {size[1]}x{size[0]}"
+        self._how = CENTRAL if size[0] == size[1] else f"the central {size[1]}x{size[0]}, resized as ADM does"
         self.provenance = {**below.provenance, "crop": self._how}
 
     def __len__(self) -> int:

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.evaluation.pictures import Pictures
+from ldm_jax.evaluation.pictures import CENTRAL, Pictures
 from ldm_jax.evaluation.scores import ENOUGH
+
+__all__ = ["CENTRAL", "CROP", "Facts", "duplicates", "facts_of", "truncation", "warnings"]
 
 CROP = "crop"  # in provenances: how pictures of other shapes became ones of one size
 
@@ -59,7 +61,9 @@ def warnings(samples: Facts, reference: Facts | None, reconstructions: bool = Fa
 def _labels(samples: Facts) -> list[str]:
     if samples.labels is None:
         return []
-    counts = np.bincount((samples.labels - samples.labels.min()).astype(np.int64))
+    present, counts = np.unique(samples.labels, return_counts=True)
+    if int(present[-1]) - int(present[0]) >= len(present) and int(present[-1]) < samples.number:
+        counts = np.append(counts, 0)  # a class between the others has none
     if counts.max() - counts.min() <= 1:
         return []
     return [
@@ -70,12 +74,15 @@ def _labels(samples: Facts) -> list[str]:
 
 def _of_both(samples: Facts, reference: Facts, reconstructions: bool) -> list[str]:
     lines = []
+    if 0 < reference.number < ENOUGH and not reconstructions:
+        lines.append(f"a reference of {reference.number} pictures: published numbers are mostly against a whole training set")
     if samples.size and reference.size and samples.size != reference.size:
         lines.append(f"samples are {_by(samples.size)} and the reference {_by(reference.size)}: blur of resizing counts as a difference")
     crops = [one.provenance.get(CROP) for one in (samples, reference)]
     if crops[0] and crops[1] and crops[0] != crops[1]:
         lines.append(f"another crop: samples are {crops[0]}, the reference is {crops[1]}. Use the statistics of one loader for both")
-    jpegs = reference.jpegs or int(reference.provenance.get("jpegs", 0))
+    known = reference.provenance.get("jpegs")
+    jpegs = reference.jpegs or (known if isinstance(known, int) else 0)
     if jpegs:
         lines.append(f"{jpegs} pictures of the reference are JPEG files: samples without JPEG's blocks are held against them")
     if reconstructions and reference.statistics:

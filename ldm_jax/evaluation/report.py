@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -40,7 +41,7 @@ def make(
     return {
         "title": title,
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "samples": dict(samples),
         "reference": None if reference is None else dict(reference),
         "settings": dict(settings),
@@ -59,19 +60,19 @@ def make(
 
 def write(output: Path, report: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
     """Both files, each whole or not at all. Raises UserError."""
-    finite = _finite(report)
-    write_bytes(output / HTML, page(finite, pictures).encode())
-    write_json(output / JSON, finite)  # the last: who finds it finds all
+    cleaned = finite(report)
+    write_bytes(output / HTML, page(cleaned, pictures).encode())
+    write_json(output / JSON, cleaned)  # the last: who finds it finds all
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: such numbers become text."""
+def finite(value: Any) -> Any:
+    """JSON knows no infinity and no NaN: such numbers become null."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+        return None
     return value
 
 
@@ -106,9 +107,10 @@ def curves(run: Path) -> list[dict[str, Any]]:
 
 def _record(line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except ValueError:  # one that is being written
         return {}
+    return record if isinstance(record, dict) and "step" in record else {}
 
 
 def _series(records: Iterable[dict[str, Any]]) -> dict[str, list[list[float]]]:

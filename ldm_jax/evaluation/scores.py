@@ -13,6 +13,7 @@ from ldm_jax.evaluation.statistics import Gaussian, gaussian_of
 ENOUGH = 10_000  # samples, below which a Fréchet distance says more of their number than of their quality
 _REFERENCE_ROWS, _SAMPLE_ROWS = 10_000, 50_000  # that neighbours are searched among, as in ADM's evaluation
 _SUBSET = 1000  # rows of KID's subsets
+_SPLIT = 5000  # rows of the Inception score's parts
 _NAMES = {"inception": ("FID", ""), "dino": ("FD-DINOv2", "-DINOv2"), "clip": ("FD-CLIP", "-CLIP"), "colors": ("FD-colors", "-colors")}
 _SPATIAL, _LOGITS = "inception_spatial", "inception_logits"
 
@@ -45,14 +46,22 @@ class Side:
     Attributes:
       measured: features of its pictures, None where there are none.
       gaussians, stored_rows: what stored statistics bring; a Gaussian that is stored is taken before one that is measured.
+      foreign: networks whose stored features are by other weights than those that measure now.
     """
 
     measured: Features | None
     gaussians: Mapping[str, Gaussian] = field(default_factory=dict)
     stored_rows: Mapping[str, np.ndarray] = field(default_factory=dict)
+    foreign: frozenset[str] = frozenset()
+    _known: dict[str, Gaussian | None] = field(default_factory=dict, compare=False)
 
     def gaussian(self, name: str) -> Gaussian | None:
-        """Of at least two rows, else None."""
+        """Of at least two rows, else None; computed once."""
+        if name not in self._known:
+            self._known[name] = self._gaussian(name)
+        return self._known[name]
+
+    def _gaussian(self, name: str) -> Gaussian | None:
         if name in self.gaussians:
             return self.gaussians[name]
         if name in self.stored_rows and len(self.stored_rows[name]) > 1:
@@ -87,6 +96,9 @@ def score(samples: Features, reference: Side | None, allow_small: bool = False) 
         if reference is None:
             found[1].append(Missing(f"{frechet}, KID{suffix}, ...", "no reference: give --reference or --config"))
             continue
+        if name in reference.foreign:
+            found[1].append(Missing(f"{frechet}, KID{suffix}, ...", f"the reference was measured with other weights of {name}"))
+            continue
         _add(found, [partial(_frechet, frechet, name, ours, reference, allow_small)], frechet)
         if name == "inception":
             _add(found, [partial(_frechet, "sFID", _SPATIAL, ours, reference, allow_small)], "sFID")
@@ -110,8 +122,10 @@ def _add(found: Found, makers: list[Callable[[], list[Metric]]], name: str) -> N
 def _inception_score(samples: Features) -> list[Metric]:
     logits = samples.rows(_LOGITS).astype(np.float64)
     odds = np.exp(logits - logits.max(1, keepdims=True))
-    mean, deviation = metrics.inception_score(odds / odds.sum(1, keepdims=True))
-    return [Metric("IS", mean, len(samples), None, _LOGITS, "higher", deviation if len(samples) > 5000 else None)]
+    # A last part of few rows would count as much as one of 5,000, and say little: such are left out.
+    whole = len(odds) if len(odds) < _SPLIT else len(odds) // _SPLIT * _SPLIT
+    mean, deviation = metrics.inception_score((odds / odds.sum(1, keepdims=True))[:whole], _SPLIT)
+    return [Metric("IS", mean, whole, None, _LOGITS, "higher", deviation if whole > _SPLIT else None)]
 
 
 def _frechet(title: str, name: str, samples: Side, reference: Side, allow_small: bool) -> list[Metric]:
@@ -143,7 +157,8 @@ def _kernel(suffix: str, name: str, samples: Side, reference: Side) -> list[Metr
     if size < 2:
         raise _Unavailable(f"{len(ours)} samples and {len(theirs)} pictures of the reference are too few")
     mean, deviation = metrics.kernel_distance(ours, theirs, size=size)
-    return [Metric(f"KID{suffix}", mean, len(ours), len(theirs), name, "lower", deviation)]
+    error = deviation if size < max(len(ours), len(theirs)) else None  # all subsets are the whole sets
+    return [Metric(f"KID{suffix}", mean, len(ours), len(theirs), name, "lower", error)]
 
 
 def _neighbours(suffix: str, name: str, samples: Side, reference: Side) -> list[Metric]:

@@ -1,6 +1,7 @@
 """A whole offline evaluation: samples drawn or opened, a reference, metrics, tables and the report."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -14,21 +15,18 @@ from ml_collections import ConfigDict
 from ldm_jax import config as configs
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.latents import weights_fingerprint
-from ldm_jax.evaluation import draw, job, report, told
+from ldm_jax.evaluation import draw, job, report, tables, told
 from ldm_jax.evaluation.data_pictures import DataPictures
 from ldm_jax.evaluation.job import Outcome, Reference, Tools
-from ldm_jax.evaluation.obedience import SEED, scores
-from ldm_jax.evaluation.oracle import METRICS, score_table
+from ldm_jax.evaluation.obedience import SEED
 from ldm_jax.evaluation.pictures import Pictures, open_pictures
-from ldm_jax.evaluation.protocol import CROP
-from ldm_jax.evaluation.scores import Metric
+from ldm_jax.evaluation.protocol import CENTRAL, CROP
 from ldm_jax.latent_diffusion import LatentDiffusion, load_model
 from ldm_jax.model_directory import find_model
 from ldm_jax.training.inputs import open_source, scenes
 
 NUMBER = 50_000  # samples, as published numbers have
 _SHOWN, _SHOWN_LARGE, _LARGE, _COLUMNS = 64, 24, 128**2, 8  # samples in the grid, fewer where they have many pixels
-_READ = 2000  # samples that the oracle reads, at some 30 ms each
 _OPTIONS: tuple[str, ...] = (
     "steps",
     "sampler",
@@ -43,10 +41,30 @@ _OPTIONS: tuple[str, ...] = (
 _OPTIONS += ("guidance_parallel", "guidance_radius", "guidance_momentum")
 
 
+_READ_FIELDS = re.compile(r"--config\.(data|conditioning)\.|--config\.(seed|first_stage\.path)=")
+# Flags that have an effect on what is evaluated, besides those that always have one.
+SAMPLES = ("samples", "paired", "prompts_file")
+FIRST_STAGE = ("model", "num", "reconstructions", "step", "ema", "dtype")
+DRAWN = (*FIRST_STAGE, "prompts_file", "labels", "sweep", "guidance", *_OPTIONS)
+WRITTEN = ("write_reference",)
+_OF_A_KIND = {*SAMPLES, *DRAWN, *WRITTEN}
+
+
+def check_effect(args: Any, acting: Collection[str], why: str) -> None:
+    """Raises UserError for a flag that is given and has no effect; `acting` are those that have."""
+    for name in sorted(_OF_A_KIND - set(acting)):
+        if getattr(args, name) not in (None, False, "auto"):
+            raise UserError(f"--{name.replace('_', '-')} has no effect here: {why}")
+
+
 def configuration(args: Any, overrides: Sequence[str]) -> ConfigDict | None:
     """That of --config, or of the run in --model, with what the command line changes; None where there is neither. Raises UserError."""
+    if args.samples and args.reference and (args.config or overrides):
+        raise UserError("--config has no effect here: --samples are held against --reference")
     if args.config:
         return configs.from_command(args.config, list(overrides))
+    if idle := [text for text in overrides if not _READ_FIELDS.match(text)]:
+        raise UserError(f"{idle[0]} has no effect on an evaluation, which reads a configuration's data and conditions")
     if args.model and (run := WorkDir(args.model)).config.exists():
         return configs.overridden(configs.from_flat(run.stored()), list(overrides))
     if overrides:
@@ -54,11 +72,15 @@ def configuration(args: Any, overrides: Sequence[str]) -> ConfigDict | None:
     return None
 
 
-def crop_rule(config: ConfigDict) -> str:
-    """How the training of a configuration makes squares of its pictures."""
-    if config.data.min_window:
-        return f"random windows of {config.data.min_window:g} of the short side and more"
-    return "the central square, resized as ADM does"
+def crop_rule(data: Mapping[str, Any]) -> str:
+    """How a configuration's `data` group makes squares of its pictures."""
+    return f"random windows of {data['min_window']:g} of the short side and more" if data["min_window"] else CENTRAL
+
+
+def stored_data(model: str) -> dict[str, Any] | None:
+    """The `data` group that the run in a work directory was trained with; None where it is no work directory."""
+    run = WorkDir(model)
+    return configs.from_flat(run.stored()).data.to_dict() if run.config.exists() else None
 
 
 def data_reference(config: ConfigDict, workdir: WorkDir, number: int | None, directory: Path) -> Reference:
@@ -69,7 +91,9 @@ def data_reference(config: ConfigDict, workdir: WorkDir, number: int | None, dir
         group.enabled = False  # the pictures alone
     source = open_source(plain, workdir)
     named = {name: config.data[name] for name in ("source", "path", "name", "split", "resolution") if config.data[name]}
-    pictures = DataPictures(source, {**named, CROP: crop_rule(config)}, number, config.data.workers)
+    pictures = DataPictures(source, {**named, CROP: crop_rule(config.data), "jpegs": 0}, number, config.data.workers)
+    if hasattr(source, "name"):
+        pictures.provenance["jpegs"] = sum(source.name(i).lower().endswith((".jpg", ".jpeg")) for i in pictures.indices.tolist())
     return Reference(pictures, None, {"pictures": pictures.describe(), **pictures.provenance}, directory)
 
 
@@ -77,6 +101,8 @@ def reference_of(args: Any, overrides: Sequence[str], directory: Path) -> Refere
     """What the command line holds samples against: --reference, else the configuration's data; None for neither. Raises UserError."""
     features = directory / "features" / "reference"
     if args.reference:
+        if args.reference_num:
+            raise UserError("--reference-num is of a configuration's data; all of --reference is measured")
         return job.open_reference(args.reference, features, (args.crop, args.crop) if args.crop else None)
     if args.crop:
         raise UserError("--crop is of the pictures of --reference; those of a configuration have data.resolution")
@@ -110,8 +136,10 @@ class Evaluation:
         self.options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
         if args.guidance:
             self.options["guidance"] = args.guidance[0]
-        if args.samples and self.options:
-            raise UserError(f"--{next(iter(self.options)).replace('_', '-')} says how a --model is sampled; the samples are there already")
+        if sweep[0] in self.options:
+            raise UserError(f"--{sweep[0].replace('_', '-')} and --sweep {sweep[0]}=... : give one of the two")
+        if args.model and self._of_first_stage:
+            check_effect(args, FIRST_STAGE, "a first stage reconstructs pictures")
 
     def run(self, output: Path) -> list[str]:
         """Does the job and writes the report; returns it for the screen."""
@@ -153,20 +181,23 @@ class Evaluation:
         run = Path(self.args.model) if self.args.model else None
         return SimpleNamespace(
             title=title,
-            described={"pictures": samples.describe(), "number": len(samples), "size": list(samples.size), **samples.provenance},
+            described={
+                "pictures": samples.describe(),
+                "number": len(samples),
+                "size": list(samples.size),
+                "provenance": {name: value for name, value in samples.provenance.items() if name not in ("index", "caption")},
+            },
             reference=self.reference.described if self.reference else None,
             settings=settings,
             outcome=outcome,
             pictures=shown,
-            more={"curves": report.curves(run) if run else [], **more},
+            more={"tables": outcome.tables, "curves": report.curves(run) if run else [], **more},
         )
 
     def _samples(self) -> SimpleNamespace:
         """Pictures that are there."""
         args = self.args
         samples = open_pictures(args.samples)
-        if args.num:
-            raise UserError("--num is of samples that are drawn; all of --samples are measured")
         if args.paired:
             if self.reference is None:
                 raise UserError("--paired holds samples against originals: give --reference or --config")
@@ -182,9 +213,10 @@ class Evaluation:
         reference = self.reference
         if not self.args.reference and self.config is not None:
             config, seen = self.config, []
+            known = stored_data(self.args.model)
             if config.data.source == "shapes":
                 config = configs.overridden(config, [f"--config.data.seed={SEED}"])
-            elif not self.args.config and not self.overrides:
+            elif known and all(known[name] == config.data[name] for name in ("source", "path", "name", "split")):
                 seen = ["these are the pictures that the autoencoder was trained on: give others with --reference or --config.data.path"]
             reference = data_reference(config, WorkDir(self.output), self.args.num or NUMBER, self.output / "features" / "reference")
         elif self.args.num:
@@ -196,7 +228,7 @@ class Evaluation:
         self.__dict__["reference"] = reference
         made, outcome = job.reconstructions(self.tools, self.model, reference, self.output, weights_fingerprint(self.model.params))
         outcome.warnings += seen
-        settings = {"latents": "the mode", "quantisation": report.QUANTISATION, "updates of training": self.model.info.get("step")}
+        settings = {"latents": "the mode", "quantisation": report.QUANTISATION, **draw.described(self.model)}
         return self._result(f"First stage of {self.args.model}", made, settings, outcome)
 
     def _drawn(self) -> SimpleNamespace:
@@ -206,50 +238,43 @@ class Evaluation:
         examples, about = self._told(number)
         runs = [({**self.options, parameter: value}, self.output / "sweep" / f"{parameter}={value:g}") for value in values]
         drawn = [self._draw(examples, about, number, *run) for run in runs or [(self.options, self.output)]]
-        best = _best([outcome for _, outcome in drawn]) if values else 0
+        best, by = _best([outcome for _, outcome in drawn]) if values else (0, "")
         samples, outcome = drawn[best]
         options = (runs or [(self.options, self.output)])[best][0]
-        more: dict[str, Any] = {"tables": self._tables(examples, samples)}
+        sweep = report.swept(parameter, values, [outcome for _, outcome in drawn]) if values else None
+        settings = {**draw.settings(self.model, options), "EMA": self.args.ema or "the first", "told": about}
+        settings["quantisation"] = report.QUANTISATION
         if values:
-            more["sweep"] = report.swept(parameter, values, [outcome for _, outcome in drawn])
-        settings = {**draw.settings(self.model, options), "told": about, "quantisation": report.QUANTISATION}
-        if values:
-            settings["chosen"] = f"{parameter}={values[best]:g} of the sweep, by {_CHOSEN_BY}"
-        captions = self._captions(examples, number)
-        return self._result(f"Samples of {self.args.model}", samples, settings, outcome, captions=captions, **more)
+            settings["chosen"] = f"{parameter}={values[best]:g} of the sweep, by {by}"
+        captions = self._captions(examples, min(number, _SHOWN))
+        return self._result(f"Samples of {self.args.model}", samples, settings, outcome, captions=captions, sweep=sweep)
 
     def _draw(self, examples: told.Told, about: Any, number: int, options: Mapping[str, Any], directory: Path) -> tuple[Pictures, Outcome]:
         draw.draw(self.model, examples, number, options, directory / "samples", about)
         samples = open_pictures(directory / "samples")
-        if self.config is not None:
-            samples.provenance = {**samples.provenance, CROP: crop_rule(self.config)}
+        if (data := stored_data(self.args.model)) is not None:
+            samples.provenance = {**samples.provenance, CROP: crop_rule(data)}
         features = self.output / "features" / ("" if directory == self.output else directory.name)
-        outcome = job.compare(self.tools, samples, self.reference, features, self._captions(examples, number))
+        captions = self._captions(examples, number) if self.tools.clip else None
+        outcome = job.compare(self.tools, samples, self.reference, features, captions)
         if {"low_res", "mask"} & set(self.model.inputs):
             truth = DataPictures(_Told(examples, number, about), {}, None, 1)
-            outcome.metrics = job.pair_scores(self.tools, samples, truth, features, []) + outcome.metrics
-        outcome.metrics += self._obeyed(examples, samples)
+            job.add_pair_scores(outcome, self.tools, samples, truth, features)
+        self._obeyed(outcome, examples, samples)
         return samples, outcome
 
-    @property
-    def _read_by_oracle(self) -> bool:
-        return self.config is not None and self.config.data.source == "shapes" and self.prompts is None
-
-    def _obeyed(self, examples: told.Told, samples: Pictures) -> list[Metric]:
-        """The first thing to know of each condition, where the oracle can read the samples."""
-        if not self._read_by_oracle or self._told_classes_alone:
-            return []
-        number = min(_READ, len(samples))
+    def _obeyed(self, outcome: Outcome, examples: told.Told, samples: Pictures) -> None:
+        """Adds what the oracle reads in samples of drawn scenes."""
+        if self.config is None or self.config.data.source != "shapes" or self.prompts is not None:
+            return
+        number = min(tables.READ, len(samples))
         images, shown = samples.read(0, number), [examples(i) for i in range(number)]
-        found = []
-        for name in [name for name in self.model.inputs if name != "image"] or [""]:
-            title = _FIRST[name]
-            values = scores(name, images, shown)[title]
-            values = values[~np.isnan(values)]
-            if len(values):
-                error = float(values.std() / np.sqrt(len(values)))
-                found.append(Metric(f"{name or 'scenes'}: {title}", float(values.mean()), len(values), None, "oracle", "higher", error))
-        return found
+        if self._told_classes_alone:
+            outcome.tables.append(tables.by_class(images, [int(example["label"]) for example in shown]))
+            return
+        metrics, found = tables.obeyed(self.model.inputs, images, shown)
+        outcome.metrics += metrics
+        outcome.tables += found
 
     @property
     def _told_classes_alone(self) -> bool:
@@ -257,7 +282,7 @@ class Evaluation:
         return self.model.inputs == ("label",) and self.args.labels != "data"
 
     def _captions(self, examples: told.Told, number: int) -> list[str] | None:
-        """Of each sample, where the model is told texts; a class's number where it is told these."""
+        """Of each sample, where the model is told texts."""
         if "text" not in self.model.inputs:
             return None
         return [examples(i)["text"] for i in range(number)]
@@ -265,42 +290,28 @@ class Evaluation:
     def _told(self, number: int) -> tuple[told.Told, Any]:
         """What sample i is told, and a description of it. Raises UserError."""
         inputs = self.model.inputs
-        if not inputs:
-            return (lambda i: {}), "nothing"
         if self.prompts is not None:
             if inputs != ("text",):
-                raise UserError(f"--prompts-file is for models of text alone; this one takes {', '.join(inputs)}")
+                raise UserError(f"--prompts-file is for models of text alone; this one takes {', '.join(inputs) or 'nothing'}")
             digest = sha256("\n".join(self.prompts).encode()).hexdigest()
             return told.prompts(self.prompts), {"prompts": len(self.prompts), "SHA-256": digest}
+        if self.args.labels and not (inputs == ("label",) or (self.args.labels == "data" and "label" in inputs)):
+            raise UserError(f"--labels is for models of a class alone; this one takes {', '.join(inputs) or 'nothing'}")
+        if not inputs:
+            return (lambda i: {}), "nothing"
         if self._told_classes_alone:
-            classes, seed = draw.classes_of(self.model), self.model.info["sample"]["seed"]
-            made = told.balanced(classes) if self.args.labels == "balanced" else told.at_random(classes, seed)
-            return made, f"{self.args.labels} classes of {classes}"
+            classes, seed = draw.classes_of(self.model), self.options.get("seed", self.model.info["sample"]["seed"])
+            if self.args.labels == "random":
+                return told.at_random(classes, seed), f"random classes of {classes}, by seed {seed}"
+            return told.balanced(classes), f"balanced classes of {classes}"
         if self.config is None:
             raise UserError(f"this model is told {', '.join(inputs)}: give a configuration whose data have them (--config)")
         source = open_source(self.config, WorkDir(self.args.model))
         if self.config.data.source == "shapes":
-            return scenes(self.config, source, number), "scenes that training has not seen"
+            what = [source.fingerprint(), SEED, self.config.seed, list(self.config.data.counts), self.config.data.resolution]
+            return scenes(self.config, source, number), {"scenes": "that training has not seen", "of": what}
         examples = told.FromData(source)
         return examples.__getitem__, f"the data's own: {examples.fingerprint()}"
-
-    def _tables(self, examples: told.Told, samples: Pictures) -> list[dict[str, Any]]:
-        """What the oracle reads in samples of drawn scenes: is each condition obeyed?"""
-        if not self._read_by_oracle:
-            return []
-        number = min(_READ, len(samples))
-        images, shown = samples.read(0, number), [examples(i) for i in range(number)]
-        if self._told_classes_alone:
-            return [_by_class(images, [int(example["label"]) for example in shown])]
-        tables = [_scores(name, images, shown) for name in self.model.inputs if name != "image"] or [_scores("", images, shown)]
-        if "text" in self.model.inputs:
-            tables.append(_by_factor(images, [example["text"] for example in shown]))
-        return tables
-
-
-# Of the oracle's scores of each condition, the one that says most.
-_FIRST = {"text": "all seen", "label": "class", "boxes": "iou", "segmentation": "pixels", "low_res": "all", "mask": "object"}
-_FIRST |= {"neighbors": "nearer", "": "valid"}
 
 
 class _Told:
@@ -319,41 +330,10 @@ class _Told:
         return str(self._about)
 
 
-_CHOSEN_BY = "the first metric of which less is better"
-
-
-def _best(outcomes: Sequence[Outcome]) -> int:
-    """The outcome of a sweep with the least of the first metric that all have and of which less is better."""
+def _best(outcomes: Sequence[Outcome]) -> tuple[int, str]:
+    """The outcome of a sweep with the least of the first metric that all have and of which less is better, and that metric's name."""
     named = [{metric.name: metric for metric in outcome.metrics} for outcome in outcomes]
     for name, metric in named[0].items():
         if metric.better == "lower" and all(name in other for other in named):
-            return int(np.argmin([other[name].value for other in named]))
-    return 0
-
-
-def _scores(name: str, images: np.ndarray, examples: Sequence[Any]) -> dict[str, Any]:
-    found = scores(name, images, examples)
-    rows = []
-    for title, values in found.items():
-        known = values[~np.isnan(values)]
-        if len(known):
-            rows.append([title, float(known.mean()), float(known.std() / np.sqrt(len(known))), len(known)])
-    title = f"Is {name} obeyed, as the oracle reads it" if name else "Valid scenes, as the oracle reads them"
-    return {"title": title, "columns": ["score", "mean", "standard error", "n"], "rows": rows}
-
-
-def _by_class(images: np.ndarray, labels: Sequence[int]) -> dict[str, Any]:
-    """Of samples that were told a class alone: is the largest object of it?"""
-    found = scores("label", images, [{"label": label, "boxes": np.zeros((1, 5))} for label in labels])
-    told_of, names = np.array(labels), ("class", "color", "shape")
-    rows: list[list[Any]] = [["all", len(labels), *(float(found[name].mean()) for name in names)]]
-    for label in np.unique(told_of):
-        own = told_of == label
-        rows.append([int(label), int(own.sum()), *(float(found[name][own].mean()) for name in names)])
-    return {"title": "Classes, as the oracle reads the largest object", "columns": ["class", "n", *names], "rows": rows}
-
-
-def _by_factor(images: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
-    table = score_table(images, captions)
-    rows = [[name, *(row.get(metric) for metric in ("n", *METRICS))] for name, row in table.items()]
-    return {"title": "Prompts, by the number of objects", "columns": ["objects", "n", *METRICS], "rows": rows}
+            return int(np.argmin([other[name].value for other in named])), name
+    return 0, "nothing that all have"

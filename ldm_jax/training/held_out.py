@@ -3,7 +3,7 @@
 Nothing here touches the state, the order of the data or the random numbers of training, so the weights of a run are the same with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax.config import UserError, WorkDir
+from ldm_jax.config import WorkDir
 from ldm_jax.data.derive import one_caption
 from ldm_jax.data.sources import Source
 from ldm_jax.diffusion.losses import DiffusionLoss, noised, per_example
 from ldm_jax.diffusion.samplers import initial_noise
 from ldm_jax.evaluation import metrics
 from ldm_jax.evaluation.data_pictures import DataPictures
-from ldm_jax.evaluation.extractors import colors, load_inception, weight_path
+from ldm_jax.evaluation.extractors import Extractor, colors, load_inception, weight_path
 from ldm_jax.evaluation.features import measure, on_mesh
 from ldm_jax.evaluation.obedience import scores
 from ldm_jax.evaluation.pairs import pair_extractor
 from ldm_jax.evaluation.statistics import gaussian_of
+from ldm_jax.evaluation.told import FromData
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.sharding.mesh import make_mesh
 from ldm_jax.stages import Denoiser
@@ -46,8 +47,6 @@ def held_out_examples(config: ConfigDict, workdir: WorkDir, source: Source) -> l
         return [*map(scenes(config, source, number), range(number))]
     if not (group.path or group.split):
         return []
-    if config.conditioning.neighbors.enabled:
-        raise UserError("evaluate.path: neighbours of held-out pictures are not searched; leave evaluate.path and evaluate.split empty")
     others = ConfigDict(config.to_dict())
     others.data.path, others.data.split = group.path or config.data.path, group.split or config.data.split
     others.data.buckets = ()
@@ -102,6 +101,7 @@ class DenoiserEvaluation:
         self.extractors = [colors(), *([load_inception(path)] if path else [])]
         self.examples = held_out_examples(config, workdir, source)
         self._latents: np.ndarray | None = None
+        self._measure = _measuring(self.extractors)
 
     def __call__(self, model: LatentDiffusion) -> Scores:
         found: Scores = {}
@@ -122,8 +122,19 @@ class DenoiserEvaluation:
     def _told(self, model: LatentDiffusion) -> list[Example]:
         """What the samples are told: held-out examples, or where there are none those of training, again and again."""
         number = self.config.evaluate.samples
-        known: Any = self.examples or self.source
-        return [one_caption(known[i % len(known)], 0, i) if model.inputs else {} for i in range(number)]
+        if not model.inputs:
+            return [{}] * number
+        known: Any = self.examples or FromData(self._plain)
+        return [known[i % len(known)] for i in range(number)]
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The training's examples, each of the training's resolution."""
+        if not self.config.data.buckets:
+            return self.source
+        squares = ConfigDict(self.config.to_dict())
+        squares.data.buckets = ()
+        return open_source(squares, self.workdir)
 
     @cached_property
     def _reference(self) -> Any:
@@ -132,10 +143,13 @@ class DenoiserEvaluation:
         for group in plain.conditioning.values():
             group.enabled = False  # the pictures alone
         pictures = DataPictures(open_source(plain, self.workdir), {}, _REFERENCE, self.config.data.workers)
-        return measure(pictures, self.extractors, self.workdir.path / "evaluations" / "reference", _BATCH, "reference")
+        # By what it is of: weights may be given when a run goes on, that were not there before.
+        weights = "-".join(extractor.weights[:8] for extractor in self.extractors if extractor.weights)
+        name = f"reference-{pictures.fingerprint()}-{weights or 'colors'}"
+        return measure(pictures, self.extractors, self.workdir.path / "evaluations" / name, _BATCH, "reference")
 
     def _against_training(self, images: np.ndarray) -> Scores:
-        measured = _features(self.extractors, images)
+        measured = self._measure(images)
         found: Scores = {}
         for name in [extractor.name for extractor in self.extractors]:
             found[f"samples/MIND/{name}"] = metrics.monge_distance(measured[name], self._reference.rows(name))
@@ -152,11 +166,16 @@ def _encoded(model: LatentDiffusion, examples: Sequence[Example]) -> np.ndarray:
     return np.concatenate([model.encode(batch) for batch in filled])[: len(images)]
 
 
-def _features(extractors: Sequence[Any], images: np.ndarray) -> dict[str, np.ndarray]:
+def _measuring(extractors: Sequence[Extractor]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Pictures uint8 [N,H,W,C] to their features, in batches of one size, so that the program is compiled once."""
     function = on_mesh(extractors, mesh := make_mesh(devices=jax.local_devices()))
-    size = -(-min(_BATCH, len(images)) // mesh.size) * mesh.size
-    batches = [function(images[start : start + size], size) for start in range(0, len(images), size)]
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    size = -(-_BATCH // mesh.size) * mesh.size
+
+    def measured(images: np.ndarray) -> dict[str, np.ndarray]:
+        batches = [function(images[start : start + size], size) for start in range(0, len(images), size)]
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    return measured
 
 
 def _obedience(model: LatentDiffusion, images: np.ndarray, examples: Sequence[Example]) -> Scores:
@@ -175,12 +194,13 @@ class AutoencoderEvaluation:
     def __init__(self, config: ConfigDict, workdir: WorkDir, source: Source, perceptual: Any) -> None:
         examples = held_out_examples(config, workdir, source)
         self.images = np.stack([example["image"] for example in examples]) if examples else None
-        self.extractor = pair_extractor(perceptual or None, "")
+        self._measure = _measuring([pair_extractor(perceptual or None, "")])
 
     def __call__(self, reconstruct: Any) -> Scores:
         """`reconstruct`: uint8 [N,H,W,3] to what the autoencoder makes of them."""
         if self.images is None:
             return {}
-        made = np.concatenate([reconstruct(self.images[i : i + _BATCH]) for i in range(0, len(self.images), _BATCH)])
-        found = _features([self.extractor], np.concatenate([self.images, made], axis=-1))
+        filled = [self.images[np.minimum(np.arange(i, i + _BATCH), len(self.images) - 1)] for i in range(0, len(self.images), _BATCH)]
+        made = np.concatenate([reconstruct(batch) for batch in filled])[: len(self.images)]
+        found = self._measure(np.concatenate([self.images, made], axis=-1))
         return {f"held_out/{name}": float(values.mean()) for name, values in found.items()}

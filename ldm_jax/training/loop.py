@@ -8,7 +8,9 @@ The order of things in one turn, which resuming relies on:
   5. the metrics of the update before, fetched and written while this one runs.
 """
 
+import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -120,8 +122,10 @@ def train(stage: Stage, workdir: WorkDir, mesh: Mesh) -> State:
         state, start = restore_or_init(stage, mesh, checkpoints)
         if start < config.train.steps:
             with MetricWriter(workdir.path, start) as writer, StopSignals() as signals:
-                state = _Run(stage, workdir, mesh, checkpoints, writer, signals).steps(state, start)
-                checkpoints.save(config.train.steps, state, wait=True)
+                run = _Run(stage, workdir, mesh, checkpoints, writer, signals)
+                state = run.steps(state, start)
+                checkpoints.save(config.train.steps, state, wait=True)  # before anything that may fail
+                run.finish(state)
                 if signals.requested:
                     raise Stopped(f"stopped after the last step of the {stage.name}; the same command goes on from there")
     return state
@@ -160,10 +164,14 @@ class _Run:
                 self.meter.step()
                 self._record(step + 1, metrics, bar)
         self._check_finite()
+        return state
+
+    def finish(self, state: State) -> None:
+        """Preview and evaluation after the last update."""
+        total = self.config.train.steps
         self._preview(state, total)
         if self.config.evaluate.every:
             self._evaluate(state, total)
-        return state
 
     def _between(self, state: State, step: int) -> None:
         """Checkpoint and preview before the batch of `step` is drawn."""
@@ -194,13 +202,16 @@ class _Run:
     def _evaluate(self, state: State, step: int) -> None:
         """Leaves the scores after `step` updates in a file, once."""
         path = self.workdir.evaluations / f"{step:08d}.json"
-        if path.exists():
-            return
-        found = self.stage.evaluate(state)
-        if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"step": step, **found})
-        self.writer.write(step, {f"evaluation/{name}": value for name, value in found.items()})
+        if path.exists():  # of before a restart, which has cut it from the metrics
+            found = json.loads(path.read_text())
+        else:
+            scores = self.stage.evaluate(state)
+            found = {"step": step, **{name: value if math.isfinite(value) else None for name, value in scores.items()}}
+            if jax.process_index() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, found)
+        known = {name: value for name, value in found.items() if name != "step" and value is not None}
+        self.writer.write(step, {f"evaluation/{name}": value for name, value in known.items()})
 
     def _meter_for(self, step: int, state: State) -> None:
         """A fresh meter at the start and where the program changes: its operations are counted from its own trace."""

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ldm_jax.diffusion.guidance import Guidance, guided
+from ldm_jax.diffusion.guidance import Guidance, evaluations, guided
 from ldm_jax.diffusion.process import DiscreteProcess, FlowProcess, Process
-from ldm_jax.diffusion.samplers import SamplerSettings, evaluations, image_keys, sample, sampling_grid
+from ldm_jax.diffusion.samplers import SamplerSettings, image_keys, sample, sampling_grid
 from ldm_jax.diffusion.solvers import SOLVERS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -69,6 +69,15 @@ def test_an_interval_is_open_below_and_closed_above_also_where_there_is_no_signa
     for interval, more in (((1.0, 3.0), 1), ((0.0, 1.0), 2), ((1.0, math.inf), 2), ((0.0, 1e9), 3), ((0.0, math.inf), 4), ((3.0, 1e9), 0)):
         found = counted(FLOW, config, Guidance(interval=interval))
         assert evaluations(FLOW, config, interval) == found == 4 + more, interval
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "interval"), [("euler", 50, (0.2, 2.0)), ("euler", 7, (0.0, 1.5)), ("flow_heun", 10, (0.25, 2.0))]
+)
+def test_a_level_at_an_end_of_the_interval_counts_as_it_is_run(kind: str, steps: int, interval: tuple[float, float]) -> None:
+    """These levels are equal to an end but for rounding, to the other side in float32 than in float64."""
+    config = SamplerSettings(kind, steps)
+    assert evaluations(FLOW, config, interval) == counted(FLOW, config, Guidance(interval=interval))
 
 
 def test_churn_moves_levels_into_and_out_of_an_interval() -> None:

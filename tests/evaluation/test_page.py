@@ -142,7 +142,7 @@ def test_the_order_of_the_sections() -> None:
         "Not measured",
         "What was compared",
         "Samples",
-        "Nearest training pictures",
+        "Nearest pictures of the reference",
         "Sweep of guidance",
         "Curves",
     ]

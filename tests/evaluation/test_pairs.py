@@ -74,7 +74,7 @@ def test_psnr_where_it_is_known() -> None:
     y[1] += 1
     y[2] = 0
     y[3, :3] += 4
-    expected = [10 * np.log10(255**2 * 12), 20 * np.log10(255), 20 * np.log10(2.55), 10 * np.log10(255**2 / 8)]
+    expected = [10 * np.log10(255**2 * 108), 20 * np.log10(255), 20 * np.log10(2.55), 10 * np.log10(255**2 / 8)]
     np.testing.assert_allclose(psnr(x, y), expected, rtol=1e-6)
     np.testing.assert_allclose(psnr(255 - x, x[::-1] * 0), 10 * np.log10(255**2 / 155**2), rtol=1e-6)  # uint8 does not wrap round
 

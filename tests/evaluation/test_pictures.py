@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from ldm_jax.config import UserError
 from ldm_jax.data.transforms import center_crop
-from ldm_jax.evaluation.pictures import Pictures, crop, open_pictures
+from ldm_jax.evaluation.pictures import CENTRAL, Pictures, crop, open_pictures
 from tests.data.pictures import encoded, noise, png, save
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 5, 7, 3), np.uint8)
@@ -167,7 +167,7 @@ def test_sizes_that_differ_are_refused_and_cropped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(square.read(0, 3), [center_crop(image, 16) for image in images])
     assert square.read(1, 1).shape == (0, 16, 16, 3) and square.size == (16, 16) and len(square) == 3
     np.testing.assert_array_equal(square.read(2, 3)[0], images[2])
-    assert square.provenance["seed"] == 3 and "centre 16x16" in square.provenance["crop"] and "centre 16x16" in square.describe()
+    assert square.provenance["seed"] == 3 and square.provenance["crop"] == CENTRAL and CENTRAL in square.describe()
     assert len({pictures.fingerprint(), square.fingerprint(), crop(pictures, (8, 8)).fingerprint()}) == 3
 
 

@@ -47,6 +47,7 @@ def test_there_is_no_warning_without_a_reason(samples: Facts, reference: Facts |
         (GOOD, replace(REFERENCE, size=(512, 256)), False, "samples are 256x256 and the reference 256x512"),
         (GOOD, replace(REFERENCE, provenance={"crop": "squeezed"}), False, "another crop: samples are centre 256x256, the ref"),
         (GOOD, STATISTICS, True, "reconstructions are held against stored statistics"),
+        (GOOD, replace(REFERENCE, number=9_999), False, "a reference of 9999 pictures"),
     ],
 )
 def test_each_warning_comes_alone_where_it_has_a_reason(
@@ -67,8 +68,8 @@ def test_facts_of_pictures(tmp_path: Path) -> None:
     pictures = open_pictures(tmp_path)
     assert facts_of(pictures) == Facts(2, pictures.size, None, 1, {})
     lines = warnings(facts_of(crop(pictures, (4, 4))), facts_of(crop(pictures, (6, 4))))
-    expected = ("2 samples", "JPEG files, whose", "4x4 and the reference 4x6", "another crop", "held against")
-    assert [part in line for part, line in zip(expected, lines, strict=True)] == [True] * 5
+    expected = ("2 samples", "JPEG files, whose", "a reference of 2 pictures", "4x4 and the reference 4x6", "another crop", "held against")
+    assert [part in line for part, line in zip(expected, lines, strict=True)] == [True] * 6
 
 
 @pytest.mark.parametrize(

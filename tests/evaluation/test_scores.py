@@ -1,6 +1,6 @@
 """From features to metrics: which are given, which refused, and that neither batches, devices nor the order of files matter."""
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -31,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "_SUBSET", 30)
     monkeypatch.setattr(scores, "_REFERENCE_ROWS", 60)
     monkeypatch.setattr(scores, "_SAMPLE_ROWS", 80)
-    monkeypatch.setattr(metrics, "inception_score", partial(metrics.inception_score, split=40))
+    monkeypatch.setattr(scores, "_SPLIT", 45)
 
 
 def measured(pictures: Pictures, directory: Path, batch_size: int = 16) -> Features:
@@ -58,13 +58,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same(found: dict[str, float], expected: dict[str, float]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-12), name
+        # An error is a difference of values of which each has that relative error.
+        assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-7 if name.startswith("error") else 1e-12), name
 
 
 def test_all_metrics_are_there(root: Path) -> None:
     found = undisturbed(root)
     assert {name for name in found if not name.startswith("error")} == {"IS", *FRECHET, *OF_ROWS}
-    assert {name for name in found if name.startswith("error")} == {"error of KID", "error of KID-colors"}
+    assert {name for name in found if name.startswith("error")} == {"error of IS", "error of KID", "error of KID-colors"}
     assert all(np.isfinite(value) for value in found.values()) and min(found.values()) >= 0
     assert found["FID"] > 1e-3 and found["IS"] > 1.01 and 0 < found["precision"] < 1 and 0 < found["recall"] < 1
 
@@ -111,7 +112,7 @@ def test_metrics_are_those_of_the_features(root: Path) -> None:
     assert found["MIND"] == metrics.monge_distance(a, b)
     logits = ours.rows("inception_logits").astype(np.float64)
     odds = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert found["IS"] == pytest.approx(metrics.inception_score(odds)[0], rel=1e-12)
+    assert found["IS"] == pytest.approx(metrics.inception_score(odds, 45)[0], rel=1e-12)
 
 
 def test_a_set_and_itself(root: Path) -> None:
