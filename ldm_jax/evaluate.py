@@ -41,7 +41,7 @@ def parser() -> cli.Parser:
     )
     against.add_argument("--crop", type=int, metavar="PIXELS", help="crop and resize the reference's pictures, as ADM does")
     against.add_argument("--write-reference", metavar="FILE.npz", help="measure the reference, write its statistics, and be done")
-    against.add_argument("--reference-num", type=int, metavar="N", help="of the data only the first N pictures")
+    against.add_argument("--reference-num", type=int, metavar="N", help="of the data only N pictures, drawn at random and always the same")
     told = p.add_argument_group("what a model is told; by default what its own data say")
     told.add_argument("--prompts-file", metavar="FILE", help="a prompt a line: those of the model, or of --samples in their order")
     told.add_argument(

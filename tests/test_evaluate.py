@@ -232,6 +232,37 @@ def test_reconstructions_that_are_there(command: Evaluate, tmp_path: Path, pictu
     assert any("against stored statistics" in warning for warning in report(tmp_path / "wrong")["warnings"])
 
 
+def test_what_another_job_left_is_not_taken(command: Evaluate, runs: dict[str, Path], tmp_path: Path) -> None:
+    flags = ("--model", runs["text"], "--output", "out", "--num", "4", "--steps", "1", "--reference-num", "9")
+    assert command(*flags)[0] == cli.OK
+    assert "told differ" in refused(command(*flags, "--config.data.counts=(2,3)"))
+    assert "options differ" in refused(command(*flags, "--seed", "1"))
+    assert "dtype differ" in refused(command(*flags, "--dtype", "bfloat16"))
+    (tmp_path / "run" / "samples").mkdir(parents=True)  # as a training leaves it
+    (tmp_path / "run" / "samples" / "00000000.png").touch()
+    assert "holds 00000000.png" in refused(command("--model", runs["text"], "--output", "run", "--num", "4", "--steps", "1"))
+
+
+def test_jpegs_of_a_configurations_data_are_warned_of(command: Evaluate, tmp_path: Path, pictures: np.ndarray) -> None:
+    for name, number in (("a", 6), ("b", 4)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(number):
+            Image.fromarray(pictures[i]).save(tmp_path / "data" / name / (f"{i}.jpg" if i % 2 else f"{i}.png"))
+    np.savez(tmp_path / "samples.npz", pictures[10:20])
+    config = (
+        f"{ROOT}/configs/unconditional.py:smoke",
+        "--config.data.source=folder",
+        "--config.data.path=data",
+        "--config.data.resolution=16",
+    )
+    code, _, err = command("--samples", "samples.npz", "--output", "out", "--config", *config)
+    assert code == cli.OK, err
+    assert any("5 pictures of the reference are JPEG" in warning for warning in report(tmp_path / "out")["warnings"])
+    assert command("--config", *config, "--write-reference", "data.npz")[0] == cli.OK
+    stored = read_stored(tmp_path / "data.npz")
+    assert stored is not None and stored.provenance["jpegs"] == 5
+
+
 def test_weights_of_another_network_are_refused(command: Evaluate, tmp_path: Path) -> None:
     np.savez(tmp_path / "samples.npz", np.zeros((2, 16, 16, 3), np.uint8))
     np.savez(tmp_path / "weights.npz", fc=np.zeros(3, np.float32))

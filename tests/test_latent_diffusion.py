@@ -377,6 +377,7 @@ def test_windows_of_a_picture_are_told_no_places_in_the_whole(model: LatentDiffu
         placed.sample(prompts=PROMPTS[:1], steps=1, tile=side, size=(2 * side, 2 * side))
 
 
+@pytest.mark.slow
 def test_large_pictures_in_tiles(model: LatentDiffusion) -> None:
     """Tiles as large as the picture are the picture; smaller ones make another, that is decoded in tiles to the same latents' picture."""
     side = model.info["resolution"]

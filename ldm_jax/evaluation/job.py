@@ -287,7 +287,7 @@ def write_reference(tools: Tools, pictures: Pictures, directory: Path, path: Pat
         **pictures.provenance,
         "number": len(pictures),
         "size": list(pictures.size),
-        "jpegs": pictures.jpegs,
+        "jpegs": pictures.jpegs or pictures.provenance.get("jpegs", 0),
         "weights": tools.weights,
         "rules": tools.rules,
     }

@@ -122,6 +122,14 @@ def test_a_set_and_itself(root: Path) -> None:
     assert found["recall"] == found["coverage"] == 1  # of the 60 that neighbours are searched among, each is a sample
 
 
+def test_features_by_other_weights_are_not_compared(root: Path) -> None:
+    undisturbed(root)
+    ours, theirs = (Features(root / name, number) for name, number in (("samples", 90), ("reference", 110)))
+    found, missing = score(ours, Side(theirs, foreign=frozenset({"inception"})))
+    assert {metric.features for metric in found} == {"inception_logits", "colors"}
+    assert any("other weights of inception" in entry.why for entry in missing)
+
+
 def test_without_a_reference(root: Path) -> None:
     found, missing = score(measured(InMemory(SAMPLES), root / "samples"), None)
     assert [metric.name for metric in found] == ["IS"] and found[0].n == 90 and found[0].n_reference is None

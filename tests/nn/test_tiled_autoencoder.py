@@ -143,6 +143,7 @@ def seam(error: np.ndarray, starts: np.ndarray, size: int) -> float:
     return float(jumps[borders].max() - np.delete(jumps, borders).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("passes", "least"), [(0, 18.0), (1, 50.0), (3, 65.0)])
 def test_a_trained_decoder_by_windows_agrees_with_the_whole_and_has_no_seams(trained: dict, passes: int, least: float) -> None:
     z = F8.sample(apply(F8, trained, picture(256), "moments"))

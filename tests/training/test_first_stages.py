@@ -70,7 +70,8 @@ def test_a_quantised_first_stage(ema: float, config: ConfigDict, tmp_path: Path)
     assert written.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("cache", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [True, False])
 def test_pixels_as_latents_need_no_training(cache: bool, config: ConfigDict, tmp_path: Path) -> None:
     config.first_stage.update(kind="identity", latent_scale="channel")
     config.first_stage.train.batch_size = 12  # of no use, as nothing is trained
