@@ -33,6 +33,14 @@ def resize(images: jax.Array, side: int = SIDE) -> jax.Array:
     return images
 
 
+def _convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+    """`jax.lax.conv_general_dilated` of channels last; of one pixel it is a matrix product, which XLA is faster at on CPUs."""
+    if kernel.shape[:2] != (1, 1):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=options["precision"])
+    return flat.reshape(*x.shape[:-1], -1)
+
+
 class Conv(nn.Module):
     """A convolution with the batch norm that followed it, and ReLU."""
 
@@ -46,7 +54,8 @@ class Conv(nn.Module):
         # A convolution without padding is one with it, whose rim is cut off: on CPUs XLA is two to three times as fast at it.
         cut = 0 if self.same or self.stride > 1 else self.kernel[0] // 2
         padding = [(k // 2, k // 2) for k in self.kernel] if self.same or cut else "VALID"
-        conv = nn.Conv(self.features, self.kernel, self.stride, padding, precision=jax.lax.Precision.HIGHEST, name="conv")
+        settings: Any = {"precision": jax.lax.Precision.HIGHEST, "conv_general_dilated": _convolve}
+        conv = nn.Conv(self.features, self.kernel, self.stride, padding, **settings, name="conv")
         y = nn.relu(conv(x))
         return y[:, cut : y.shape[1] - cut, cut : y.shape[2] - cut]
 
