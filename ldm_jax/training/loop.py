@@ -120,11 +120,13 @@ def train(stage: Stage, workdir: WorkDir, mesh: Mesh) -> State:
     check_batch(config.train.batch_size, mesh, config.train.accumulation)
     with Checkpoints(workdir.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
         state, start = restore_or_init(stage, mesh, checkpoints)
-        if start < config.train.steps:
+        if start <= config.train.steps:
             with MetricWriter(workdir.path, start) as writer, StopSignals() as signals:
                 run = _Run(stage, workdir, mesh, checkpoints, writer, signals)
-                state = run.steps(state, start)
-                checkpoints.save(config.train.steps, state, wait=True)  # before anything that may fail
+                if start < config.train.steps:
+                    state = run.steps(state, start)
+                    writer.flush()
+                    checkpoints.save(config.train.steps, state, wait=True)  # before anything that may fail
                 run.finish(state)
                 if signals.requested:
                     raise Stopped(f"stopped after the last step of the {stage.name}; the same command goes on from there")
@@ -178,6 +180,7 @@ class _Run:
         stopping = self.signals.requested
         if self.checkpoints.due(step) or stopping:
             with self._pause():
+                self.writer.flush()  # who goes on from this checkpoint keeps what is written of the updates before it
                 self.checkpoints.save(step, state, wait=stopping)
         if stopping:
             raise Stopped(f"stopped at step {step} with a complete checkpoint; the same command goes on from there")

@@ -155,6 +155,25 @@ def test_the_checkpoint_comes_before_the_next_batch(config: Any, mesh: Any, tmp_
     assert_same(resumed, run(LineStage(config, Numbers()), tmp_path / "undisturbed", mesh))
 
 
+def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(config: Any, mesh: Any, tmp_path: Path) -> None:
+    """The last checkpoint comes before the last grid and the last evaluation."""
+    scores = {"score": 0.5, "broken": float("nan")}
+    config.evaluate.every = 5
+    stage = LineStage(config, Numbers())
+    stage.evaluate = lambda state: scores  # type: ignore[attr-defined]
+    state = run(stage, tmp_path, mesh)
+    evaluations = tmp_path / "evaluations"
+    assert sorted(p.name for p in evaluations.iterdir()) == ["00000005.json", "00000010.json", "00000012.json"]
+    assert json.loads((evaluations / "00000012.json").read_text()) == {"step": 12, "score": 0.5, "broken": None}
+    (tmp_path / "samples" / "00000012.png").unlink()
+    (evaluations / "00000012.json").unlink()
+    again = LineStage(config, Numbers())
+    again.evaluate = lambda state: scores  # type: ignore[attr-defined]
+    assert_same(run(again, tmp_path, mesh), state)
+    assert again.seen == [] and (tmp_path / "samples" / "00000012.png").exists() and (evaluations / "00000012.json").exists()
+    assert [line["step"] for line in lines(tmp_path) if "evaluation/score" in line][:3] == [5, 10, 12]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_with_a_checkpoint_and_the_resume_is_bit_identical(config: Any, mesh: Any, tmp_path: Path, signum: int) -> None:
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
