@@ -77,6 +77,8 @@ def check(args: Any, overrides: list[str]) -> None:
         raise UserError("give --output, a directory for the report")
     if overrides and not (args.config or args.model):
         raise UserError(f"unknown argument {overrides[0]!r}")
+    if args.crop and not args.reference:
+        raise UserError("--crop is of the pictures of --reference; those of a configuration have data.resolution")
     if args.paired and args.prompts_file:
         raise UserError("--prompts-file is of samples, and not of reconstructions")
     for name in ("num", "reference_num", "measure_batch", "crop"):

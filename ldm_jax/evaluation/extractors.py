@@ -3,7 +3,6 @@
 Everything here is float32 on every device: in bfloat16 or TF32, the defaults of accelerators, the FID moves in its second digit.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 from ldm_jax.config import UserError
 from ldm_jax.interop import vision
 from ldm_jax.interop.safetensors_file import open_weights
+from ldm_jax.interop.vision import sha256
 from ldm_jax.nn import inception
 from ldm_jax.nn.vision_transformer import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
 
@@ -92,15 +92,6 @@ def load_inception(path: Path, any_weights: bool = False) -> Extractor:
         return inception_of(inception.params_from_state_dict(open_weights(path)), found)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def sha256(path: Path) -> str:
-    """Of a file. Raises UserError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read the weights {path}: {error.strerror or error}") from error
 
 
 def load_dino(path: Path) -> Extractor:

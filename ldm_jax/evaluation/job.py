@@ -16,10 +16,10 @@ from ldm_jax.evaluation.features import Features, measure
 from ldm_jax.evaluation.metrics import squared_distances
 from ldm_jax.evaluation.pairs import Pairs, codebook_metrics, pair_extractor, pair_metrics, pairs_missing, reconstruct
 from ldm_jax.evaluation.pictures import Pictures, crop, open_pictures
-from ldm_jax.evaluation.scores import Metric, Missing, Side, score
+from ldm_jax.evaluation.scores import Metric, Missing, Side, score, standard_error
 from ldm_jax.evaluation.stored import Gaussian, Stored, read_stored, write_stored
 from ldm_jax.interop.torch_file import load_state_dict
-from ldm_jax.interop.vision import Clip, text_embeddings
+from ldm_jax.interop.vision import Clip, sha256, text_embeddings
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.nn.lpips import params_from_state_dict
 
@@ -87,7 +87,7 @@ def _perceptual(vgg: Path | None, heads: Path | None) -> tuple[Any, str]:
         params = params_from_state_dict({**load_state_dict(vgg), **load_state_dict(heads)})
     except ValueError as error:
         raise UserError(f"LPIPS: {error}") from error
-    return params, f"{ex.sha256(vgg)} and {ex.sha256(heads)}"
+    return params, f"{sha256(vgg)} and {sha256(heads)}"
 
 
 class Reference:
@@ -220,8 +220,7 @@ def clip_score(clip: Clip, features: Features, captions: Sequence[str]) -> Metri
         values.append(100 * (rows.astype(np.float64) * np.asarray(texts)).sum(1).clip(0))
         start += len(rows)
     scores = np.concatenate(values)
-    error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
-    return Metric("CLIP score", float(scores.mean()), len(scores), None, "clip", "higher", error)
+    return Metric("CLIP score", float(scores.mean()), len(scores), None, "clip", "higher", standard_error(scores))
 
 
 def nearest(ours: Features, theirs: Features, samples: Pictures, reference: Pictures) -> dict[str, Any]:
@@ -232,7 +231,7 @@ def nearest(ours: Features, theirs: Features, samples: Pictures, reference: Pict
     places = np.zeros((len(queries), 0), int)
     start = 0
     for rows in theirs.blocks(name):
-        squares = (queries**2).sum(1)[:, None] + (rows.astype(np.float64) ** 2).sum(1) - 2 * queries @ rows.T.astype(np.float64)
+        (squares,) = squared_distances(queries, rows.astype(np.float64))
         best = np.concatenate([best, squares], axis=1)
         places = np.concatenate([places, np.broadcast_to(np.arange(start, start + len(rows)), squares.shape)], axis=1)
         order = np.argsort(best, axis=1, kind="stable")[:, :_NEAREST]

@@ -13,7 +13,7 @@ from ldm_jax.evaluation import parts
 from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.features import Features
 from ldm_jax.evaluation.pictures import Pictures
-from ldm_jax.evaluation.scores import Metric, Missing
+from ldm_jax.evaluation.scores import Metric, Missing, standard_error
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.nn.autoencoder import VQAutoencoder
 from ldm_jax.nn.lpips import lpips
@@ -114,9 +114,8 @@ def pair_metrics(found: Features) -> list[Metric]:
     metrics = []
     for name in found.names:
         values = found.rows(name)[:, 0].astype(np.float64)
-        error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
         title = "bias (levels)" if name == "bias" else name
-        metrics.append(Metric(title, float(values.mean()), len(values), len(values), "pairs", _BETTER[name], error))
+        metrics.append(Metric(title, float(values.mean()), len(values), len(values), "pairs", _BETTER[name], standard_error(values)))
     return metrics
 
 

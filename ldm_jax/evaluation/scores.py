@@ -31,6 +31,11 @@ class Metric:
     error: float | None = None
 
 
+def standard_error(values: np.ndarray) -> float | None:
+    """Of the mean of values [n]; None of a single one."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
 @dataclass(frozen=True)
 class Missing:
     """A metric that is not given, and why."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from ldm_jax.evaluation.obedience import scores
 from ldm_jax.evaluation.oracle import METRICS, score_table
-from ldm_jax.evaluation.scores import Metric
+from ldm_jax.evaluation.scores import Metric, standard_error
 
 READ = 2000  # samples that are read, at some 30 ms each
 # Of the scores of each condition, the one that says most.
@@ -27,13 +27,13 @@ def obeyed(inputs: Sequence[str], images: np.ndarray, examples: Sequence[Mapping
     metrics, tables = [], []
     for name in [name for name in inputs if name != "image"] or [""]:
         found = {title: values[~np.isnan(values)] for title, values in scores(name, images, examples).items()}
-        rows = [[title, float(values.mean()), _error(values), len(values)] for title, values in found.items() if len(values)]
+        rows = [[title, float(values.mean()), standard_error(values), len(values)] for title, values in found.items() if len(values)]
         title = f"Is {name} obeyed, as the oracle reads it" if name else "Valid scenes, as the oracle reads them"
         tables.append({"title": title, "columns": ["score", "mean", "standard error", "n"], "rows": rows})
         first = _FIRST[name]
         if len(values := found[first]):
             metrics.append(
-                Metric(f"{name or 'scenes'}: {first}", float(values.mean()), len(values), None, "oracle", "higher", _error(values))
+                Metric(f"{name or 'scenes'}: {first}", float(values.mean()), len(values), None, "oracle", "higher", standard_error(values))
             )
     if "text" in inputs:
         tables.append(_by_factor(images, [example["text"] for example in examples]))
@@ -55,8 +55,3 @@ def by_class(images: np.ndarray, labels: Sequence[int]) -> Table:
 def _by_factor(images: np.ndarray, captions: Sequence[str]) -> Table:
     rows = [[name, *(row.get(metric) for metric in ("n", *METRICS))] for name, row in score_table(images, captions).items()]
     return {"title": "Prompts, by the number of objects", "columns": ["objects", "n", *METRICS], "rows": rows}
-
-
-def _error(values: np.ndarray) -> float | None:
-    """The standard error of the mean; None of a single value."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None

@@ -113,7 +113,7 @@ def load_dino(path: str | Path, size: int = 224, offset: float = HUB_OFFSET) -> 
     params = _read(keys, shapes, weights, file, _DINO_IGNORED)
     network = network.clone(image_size=size)
     params["position_embedding"] = interpolate_positions(params["position_embedding"], network.grid, offset)
-    return network, params, _sha256(file)
+    return network, params, sha256(file)
 
 
 def interpolate_positions(table: np.ndarray, grid: int, offset: float = HUB_OFFSET) -> np.ndarray:
@@ -180,7 +180,7 @@ def load_clip(path: str | Path) -> Clip:
     keys += key_map({"text_projection": shapes["text_projection"]}, [Rule("text_projection", "text_projection.weight", LINEAR)])
     params = _read(keys, shapes, weights, file, _CLIP_IGNORED)
     tokenizer = _tokenizer(folder, text, about["eos_token_id"])
-    return Clip(params["image"], params["text"], params["text_projection"], image, text, about["eos_token_id"], tokenizer, _sha256(file))
+    return Clip(params["image"], params["text"], params["text_projection"], image, text, about["eos_token_id"], tokenizer, sha256(file))
 
 
 def image_embeddings(clip: Clip, images: Array) -> Array:
@@ -212,9 +212,13 @@ def _weight_file(path: Path) -> Path:
     raise UserError(f"{path} holds no weights: it needs one of {', '.join(_WEIGHTS)}")
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256(path: Path) -> str:
+    """Of a file, hex. Raises UserError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read the weights {path}: {error.strerror or error}") from error
 
 
 def _shapes(network: VisionTransformer) -> Params:

@@ -23,7 +23,7 @@ from ldm_jax.evaluation.pictures import Pictures, open_pictures
 from ldm_jax.evaluation.protocol import CENTRAL, CROP
 from ldm_jax.latent_diffusion import LatentDiffusion, load_model
 from ldm_jax.model_directory import find_model
-from ldm_jax.training.inputs import open_source, scenes
+from ldm_jax.training.inputs import open_pictures_alone, open_source, scenes
 
 NUMBER = 50_000  # samples, as published numbers have
 _SHOWN, _SHOWN_LARGE, _LARGE, _COLUMNS = 64, 24, 128**2, 8  # samples in the grid, fewer where they have many pixels
@@ -85,11 +85,7 @@ def stored_data(model: str) -> dict[str, Any] | None:
 
 def data_reference(config: ConfigDict, workdir: WorkDir, number: int | None, directory: Path) -> Reference:
     """The pictures of a configuration's data as training sees them. Raises UserError."""
-    plain = ConfigDict(config.to_dict())
-    plain.data.buckets = ()
-    for group in plain.conditioning.values():
-        group.enabled = False  # the pictures alone
-    source = open_source(plain, workdir)
+    source = open_pictures_alone(config, workdir)
     named = {name: config.data[name] for name in ("source", "path", "name", "split", "resolution") if config.data[name]}
     pictures = DataPictures(source, {**named, CROP: crop_rule(config.data), "jpegs": 0}, number, config.data.workers)
     if hasattr(source, "name"):
@@ -104,8 +100,6 @@ def reference_of(args: Any, overrides: Sequence[str], directory: Path) -> Refere
         if args.reference_num:
             raise UserError("--reference-num is of a configuration's data; all of --reference is measured")
         return job.open_reference(args.reference, features, (args.crop, args.crop) if args.crop else None)
-    if args.crop:
-        raise UserError("--crop is of the pictures of --reference; those of a configuration have data.resolution")
     config = configuration(args, overrides)
     if config is None:
         return None
@@ -210,22 +204,19 @@ class Evaluation:
 
     def _first_stage(self) -> SimpleNamespace:
         """The model's autoencoder on the reference's pictures; drawn scenes are ones that it has not seen."""
-        reference = self.reference
+        seen = []
         if not self.args.reference and self.config is not None:
-            config, seen = self.config, []
+            config = self.config
             known = stored_data(self.args.model)
             if config.data.source == "shapes":
                 config = configs.overridden(config, [f"--config.data.seed={SEED}"])
             elif known and all(known[name] == config.data[name] for name in ("source", "path", "name", "split")):
                 seen = ["these are the pictures that the autoencoder was trained on: give others with --reference or --config.data.path"]
-            reference = data_reference(config, WorkDir(self.output), self.args.num or NUMBER, self.output / "features" / "reference")
+            self.reference = data_reference(config, WorkDir(self.output), self.args.num or NUMBER, self.output / "features" / "reference")
         elif self.args.num:
             raise UserError("--num is of a configuration's data; all pictures of --reference are reconstructed")
-        else:
-            seen = []
-        if reference is None:
+        if (reference := self.reference) is None:
             raise UserError("a first stage is evaluated on pictures: give --reference or --config")
-        self.__dict__["reference"] = reference
         made, outcome = job.reconstructions(self.tools, self.model, reference, self.output, weights_fingerprint(self.model.params))
         outcome.warnings += seen
         settings = {"latents": "the mode", "quantisation": report.QUANTISATION, **draw.described(self.model)}

@@ -28,7 +28,7 @@ from ldm_jax.evaluation.told import FromData
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.sharding.mesh import make_mesh
 from ldm_jax.stages import Denoiser
-from ldm_jax.training.inputs import open_source, scenes
+from ldm_jax.training.inputs import open_pictures_alone, open_source, scenes
 
 BUCKETS = 10  # of time
 _REFERENCE = 2000  # training pictures that samples are held against
@@ -138,11 +138,7 @@ class DenoiserEvaluation:
 
     @cached_property
     def _reference(self) -> Any:
-        plain = ConfigDict(self.config.to_dict())
-        plain.data.buckets = ()
-        for group in plain.conditioning.values():
-            group.enabled = False  # the pictures alone
-        pictures = DataPictures(open_source(plain, self.workdir), {}, _REFERENCE, self.config.data.workers)
+        pictures = DataPictures(open_pictures_alone(self.config, self.workdir), {}, _REFERENCE, self.config.data.workers)
         # By what it is of: weights may be given when a run goes on, that were not there before.
         weights = "-".join(extractor.weights[:8] for extractor in self.extractors if extractor.weights)
         name = f"reference-{pictures.fingerprint()}-{weights or 'colors'}"

@@ -32,6 +32,15 @@ def open_source(config: ConfigDict, workdir: WorkDir) -> Source:
     return derived(source, data, group, first_stage_factor(config) if group.low_res.enabled else 1)
 
 
+def open_pictures_alone(config: ConfigDict, workdir: WorkDir) -> Source:
+    """The pictures of a run's data as its training sees them, squares without any condition. Raises UserError."""
+    plain = ConfigDict(config.to_dict())
+    plain.data.buckets = ()
+    for group in plain.conditioning.values():
+        group.enabled = False
+    return open_source(plain, workdir)
+
+
 def first_stage_factor(config: ConfigDict) -> int:
     """Pixels that a position of the latents stands for, by the run's own first stage or the one that it takes. Raises UserError."""
     if not config.first_stage.path:
