@@ -81,6 +81,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 # what tuples that are empty by default hold, where it is not whole numbers
 _OF_EMPTY = {
     "data.buckets": str,
+    "mesh.rules": str,
     "sample.prompts": str,
     "sample.guidance_interval": float,
     "sample.churn_interval": float,

@@ -265,6 +265,11 @@ def base() -> ConfigDict:
                 "inception": "",  # weights for the FID and MIND of these; "": LDM_INCEPTION, or mean colours alone
             },
             "checkpoint": {"every": 1000, "keep": 2},
-            "mesh": {"data": -1, "fsdp": 1},  # -1: the remaining devices
+            "mesh": {
+                "slices": -1,  # of TPUs, joined by the data-centre network; -1: as many as the devices say
+                "data": -1,  # copies of the parameters in a slice; -1: the remaining devices
+                "fsdp": 1,  # devices that a copy is split over
+                "rules": (),  # "REGEX=replicate" or "REGEX=fsdp" for leaves of the state, tried first
+            },
         }
     ).lock()

@@ -11,14 +11,34 @@ A placement is a `PartitionSpec`, or the name of a strategy:
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ldm_jax.config import UserError
 
 Rule = tuple[str, str | PartitionSpec]
 DEFAULT: tuple[Rule, ...] = ((r".*", "fsdp"),)
+STRATEGIES = ("replicate", "fsdp")
 MIN_SPLIT_ELEMENTS = 2**14
+
+
+def from_config(texts: Sequence[str]) -> tuple[Rule, ...]:
+    """The rules of `mesh.rules`, each "REGEX=STRATEGY", before those of `DEFAULT`. Raises UserError."""
+    rules: list[Rule] = []
+    for text in texts:
+        pattern, _, strategy = text.rpartition("=")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"mesh.rules: {pattern!r} is no regular expression: {error}") from error
+        if not pattern or strategy not in STRATEGIES:
+            raise UserError(f"mesh.rules are PATTERN=STRATEGY, with one of {', '.join(STRATEGIES)}, not {text!r}")
+        rules.append((pattern, strategy))
+    return (*rules, *DEFAULT)
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -35,29 +55,74 @@ def fsdp_spec(shape: tuple[int, ...], axis_size: int) -> PartitionSpec:
     return PartitionSpec(*[None] * chosen, "fsdp")
 
 
+def spec_of(name: str, shape: tuple[int, ...], fsdp: int, rules: Sequence[Rule] = DEFAULT) -> PartitionSpec:
+    """Where the leaf of that path and shape lies, on a mesh with `fsdp` devices along that axis.
+
+    Raises:
+        ValueError: the leaf matches no rule, or a strategy is unknown.
+    """
+    placement = next((p for pattern, p in rules if re.fullmatch(pattern, name)), None)
+    if placement is None:
+        raise ValueError(f"no partition rule matches '{name}'; add one, for instance ('.*', 'replicate') as the last")
+    if isinstance(placement, PartitionSpec):
+        return placement
+    if placement not in STRATEGIES:
+        raise ValueError(f"unknown placement '{placement}' for '{name}'; there are 'replicate', 'fsdp' and PartitionSpecs")
+    return fsdp_spec(shape, fsdp) if placement == "fsdp" else PartitionSpec()
+
+
 def shardings(shapes: Any, mesh: Mesh, rules: Sequence[Rule] = DEFAULT) -> Any:
     """A tree of `NamedSharding` like `shapes`, a tree whose leaves have `.shape` (from `jax.eval_shape`).
 
     Raises:
-        ValueError: a leaf matches no rule, a strategy is unknown, or a given spec does not fit the shape of its leaf.
+        ValueError: as `spec_of`, and where a given spec does not fit the shape of its leaf.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_string(path)
-        placement = next((p for pattern, p in rules if re.fullmatch(pattern, name)), None)
-        if placement is None:
-            raise ValueError(f"no partition rule matches '{name}'; add one, for instance ('.*', 'replicate') as the last")
-        if placement == "replicate":
-            return NamedSharding(mesh, PartitionSpec())
-        if placement == "fsdp":
-            return NamedSharding(mesh, fsdp_spec(leaf.shape, mesh.shape["fsdp"]))
-        if isinstance(placement, str):
-            raise ValueError(f"unknown placement '{placement}' for '{name}'; there are 'replicate', 'fsdp' and PartitionSpecs")
-        sharding = NamedSharding(mesh, placement)
+        spec = spec_of(name, tuple(leaf.shape), mesh.shape["fsdp"], rules)
+        sharding = NamedSharding(mesh, spec)
         try:
             sharding.shard_shape(tuple(leaf.shape))
         except ValueError as error:
-            raise ValueError(f"{placement} does not fit '{name}' of shape {tuple(leaf.shape)}: {error}") from error
+            raise ValueError(f"{spec} does not fit '{name}' of shape {tuple(leaf.shape)}: {error}") from error
         return sharding
 
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def gathered(params: Any, dtype: Any, rules: Sequence[Rule] = DEFAULT, prefix: str = "params") -> Any:
+    """Parameters whole on every device, for use in a traced loss; their gradients come back split, summed by a reduce-scatter.
+
+    Left to itself, the partitioner may rather move activations to the parameters. Kernels cross the network in the compute type `dtype`,
+    to which their layers cast them anyway. `params` are the leaves below `prefix` in the state. Without a mesh (`jax.set_mesh`), or
+    with one whose fsdp axis is of one device, the parameters come back as they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return params
+
+    def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = path_string(path)
+        spec = spec_of(f"{prefix}/{name}", leaf.shape, mesh.shape["fsdp"], rules)
+        if spec == PartitionSpec():
+            return leaf
+        return _gathered(leaf, spec, jnp.dtype(dtype) if name.endswith("kernel") else leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(leaf: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf.astype(dtype), PartitionSpec())
+
+
+def _gathered_forward(leaf: jax.Array, spec: PartitionSpec, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    return _gathered(leaf, spec, dtype), jnp.zeros((), leaf.dtype)
+
+
+def _gathered_backward(spec: PartitionSpec, dtype: Any, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, spec).astype(like.dtype),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)

@@ -17,6 +17,7 @@ from ldm_jax.model_directory import Params, check_shapes
 from ldm_jax.nn import quantize
 from ldm_jax.nn.autoencoder import KLAutoencoder, VQAutoencoder, kl_divergence
 from ldm_jax.nn.discriminator import PatchDiscriminator
+from ldm_jax.sharding.rules import from_config, gathered
 from ldm_jax.stages import FirstStage, apply, build_autoencoder, compute_dtype, init_autoencoder, to_float, to_uint8
 from ldm_jax.training import optimizer
 from ldm_jax.training import state as states
@@ -59,6 +60,7 @@ class AutoencoderStage:
         self.discriminator = PatchDiscriminator(**group.discriminator.to_dict(), dtype=self.dtype)
         self.disc_start = group.loss.disc_start
         self.follows = isinstance(self.network, VQAutoencoder) and group.codebook.ema > 0  # averages move the codebook, not gradients
+        self.rules = from_config(config.mesh.rules)
         names = ("pixel", "perceptual_weight", "kl_weight", "codebook_weight", "reduction", "disc_weight", "disc_loss")
         try:
             self.loss = AutoencoderLoss(**{name: group.loss[name] for name in names})
@@ -137,8 +139,11 @@ class AutoencoderStage:
         """What is trained; `params` are the state's, of which a codebook that follows averages is constant here."""
         whole = self.autoencoder(params)
 
+        def here(part: Params, name: str) -> Params:
+            return gathered(part, self.dtype, self.rules, f"params/{name}")
+
         def forward(body: Params, images: jax.Array, noise: jax.Array | None) -> tuple[jax.Array, Penalties, quantize.Clusters | None]:
-            body = {**whole, **body}
+            body = {**whole, **here(body, "autoencoder")}
             moments = apply(self.network, body, images, method="moments")
             z, penalties, clusters = self._latents(body, moments, noise)
             return apply(self.network, body, z, method="features"), penalties, clusters
@@ -146,7 +151,7 @@ class AutoencoderStage:
         return Networks(
             forward,
             lambda last, h: apply(self.network, {_LAST: last}, h, method="head"),
-            lambda params, images: apply(self.discriminator, params, images),
+            lambda params, images: apply(self.discriminator, here(params, "discriminator"), images),
         )
 
     def update(

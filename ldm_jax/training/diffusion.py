@@ -30,6 +30,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.model_directory import Params, check_shapes
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.sampling import Sampling, check_guidance, check_sampler, is_plain, make_sampling
+from ldm_jax.sharding.rules import from_config, gathered
 from ldm_jax.stages import Denoiser, FirstStage, GenerateInputs, build_denoiser, compute_dtype, generate_jit, prepare, to_float
 from ldm_jax.training import optimizer
 from ldm_jax.training import state as states
@@ -91,6 +92,7 @@ class DiffusionStage:
             self.trained = replace(self.denoiser, conditioning=conditioning.replaced(text))
         self.loss = build_loss(config.diffusion, self.denoiser.process)
         self.sampling = build_sampling(config.sample, self.denoiser)
+        self.rules = from_config(config.mesh.rules)
         size = config.data.resolution // first_stage.network.factor
         self.latent_shape = (size, size, channels)
         frozen = {c.name for c in conditioning.conditioners if getattr(c, "frozen", False)}
@@ -151,6 +153,7 @@ class DiffusionStage:
         dropout = key_for(root, "dropout", state.step) if self.config.denoiser.dropout else None
 
         def loss(params: Params, part: Any) -> tuple[jax.Array, Metrics]:
+            params = gathered(params, self.dtype, self.rules)
             x0, eps, in_state, t, arrays = part
             condition, fraction = self.trained.condition(params, arrays), self.denoiser.process.fraction_of(t)
             x_t = noised(self.denoiser.process, x0, in_state, t)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ldm_jax.config import WorkDir, write_json
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.sharding.mesh import batch_sharding, check_batch, replicated, to_global
-from ldm_jax.sharding.rules import shardings
+from ldm_jax.sharding.rules import from_config, shardings
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.flops import count_flops
 from ldm_jax.training.metrics import MetricWriter, Throughput, peak_flops
@@ -75,20 +75,26 @@ class TrainingFailed(Exception):
 def abstract_state(stage: Stage, mesh: Mesh) -> State:
     """Shapes, types and placement of a stage's state."""
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
-    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings(shapes, mesh))
+    placement = shardings(shapes, mesh, from_config(stage.config.mesh.rules))
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
 
 
-def make_step(stage: Stage, mesh: Mesh, state: State) -> Callable[..., tuple[State, Metrics]]:
-    """`step(state, batch, root, phase) -> (state, metrics)`: jitted, sharded over the mesh, its state donated."""
+def jit_update(stage: Stage, mesh: Mesh, state: State) -> Any:
+    """`stage.update`, jitted, sharded over the mesh like `state` (arrays or their abstract likes), its state donated."""
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     whole = replicated(mesh)
-    update = jax.jit(
+    return jax.jit(
         stage.update,
         static_argnums=4,
         in_shardings=(placement, batch_sharding(mesh), whole, whole),
         out_shardings=(placement, whole),
         donate_argnums=0,
     )
+
+
+def make_step(stage: Stage, mesh: Mesh, state: State) -> Callable[..., tuple[State, Metrics]]:
+    """`step(state, batch, root, phase) -> (state, metrics)` of a stage on a mesh."""
+    update, whole = jit_update(stage, mesh, state), replicated(mesh)
     frozen = jax.device_put(stage.frozen, whole)
     return lambda state, batch, root, phase: update(state, batch, frozen, root, phase)
 

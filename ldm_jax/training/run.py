@@ -39,7 +39,7 @@ _ENCODE_BATCH = 128
 
 def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     """Trains what `config.task` says in `workdir`, from wherever it stopped, and leaves `model/`. Raises as `loop.train`."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     check_batches(config, mesh)
     workdir.check(config)
     source = open_source(config, workdir)

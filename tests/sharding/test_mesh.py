@@ -12,8 +12,8 @@ from ldm_jax.sharding.mesh import batch_sharding, check_batch, make_mesh, replic
 @pytest.mark.parametrize(("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (2, -1, (2, 4)), (-1, 4, (2, 4)), (1, 8, (1, 8))])
 def test_make_mesh_fills_the_devices(data, fsdp, shape):
     mesh = make_mesh(data, fsdp)
-    assert mesh.axis_names == ("data", "fsdp")
-    assert mesh.devices.shape == shape
+    assert mesh.axis_names == ("slices", "data", "fsdp")
+    assert mesh.devices.shape == (1, *shape)
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
