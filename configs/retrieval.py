@@ -34,7 +34,8 @@ def openimages768() -> ConfigDict:
     config.data.resolution = 768
     config.first_stage.latent_scale = "0.22765929"
     config.denoiser.update(channels=448, channel_mult=(1, 2, 3, 4), attention_levels=(1, 2, 4), num_heads=0, head_channels=32)
-    config.denoiser.update(transformer_depth=1, remat="blocks")
+    config.denoiser.update(transformer_depth=1)
+    config.train.remat = "blocks"
     config.conditioning.neighbors.update(enabled=True, count=20, width=768)
     config.optimizer.update(learning_rate=1e-4)
     config.train.update(steps=1_000_000, batch_size=64)

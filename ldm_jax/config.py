@@ -309,7 +309,7 @@ def first_stage_run(config: ConfigDict) -> ConfigDict:
 # when. (`steps` stretches a schedule that decays; `init_from` is read once, at the start; whose first stage a denoiser has is looked at
 # when it goes on: `learnt_latents`.)
 _FREE = re.compile(
-    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan|init_from)|data\.(path|latents|workers|max_broken)"
+    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan|init_from|remat|accumulation)|data\.(path|latents|workers|max_broken)"
     r"|first_stage\.(path|loss\.(vgg|linear))"
 )
 

@@ -28,6 +28,7 @@ def train() -> ConfigDict:
             "steps": 100_000,  # optimiser updates
             "batch_size": 64,  # global
             "accumulation": 1,  # micro-batches an update
+            "remat": "none",  # activations kept for the backward pass: none (recomputed) | blocks | full | conv+dense+attention, or some
             "dtype": "auto",  # auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32 | float64
             "max_nan": 10,  # updates skipped in a row for a loss that is not finite before the run stops
             "log_every": 50,
@@ -138,7 +139,6 @@ def base() -> ConfigDict:
                 "legacy_frequencies": False,  # of the time embedding, as diffusers' class has them
                 # of both
                 "dropout": 0.0,
-                "remat": "none",  # none | blocks
             },
             "conditioning": {
                 "text": {

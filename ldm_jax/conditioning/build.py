@@ -58,13 +58,14 @@ def _text(group: Group, model: Model) -> Conditioner:
         vocab_size = model.tokenizer.vocab_size
     elif model.tokenizer and model.tokenizer.vocab_size > vocab_size:
         raise UserError(f"the tokenizer has {model.tokenizer.vocab_size} tokens, conditioning.text.vocab_size is {vocab_size}")
-    network = module(vocab_size=vocab_size, **{name: group[name] for name in names}, dtype=model.dtype)
+    fields = {name: group[name] for name in names if name in group}  # a model from before a field was there has its default
+    network = module(vocab_size=vocab_size, **fields, dtype=model.dtype)
     frozen = group.get("frozen", False)
     return TextConditioner(model.tokenizer, network, group["max_length"], group["drop_rate"], frozen, masked=kind == "t5")
 
 
 _TEXT_NETWORKS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "transformer": (TextTransformer, ("max_length", "width", "depth", "num_heads", "head_dim")),
+    "transformer": (TextTransformer, ("max_length", "width", "depth", "num_heads", "head_dim", "remat")),
     "clip": (CLIPText, ("max_length", "width", "depth", "num_heads", "activation", "skip_last")),
     "t5": (T5Encoder, ("width", "depth", "num_heads", "head_dim", "ff_width")),
 }

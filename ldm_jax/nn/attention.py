@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.nn.layers import Array, Dense, Dtype, Initializer, fan_in_uniform, gelu, norm, norm_groups, zeros
+from ldm_jax.nn.remat import kept
 
 # Below this many query positions the logits are small and XLA's own fusion is as fast as cuDNN's kernel.
 _FUSED_FROM = 1024
@@ -32,7 +33,7 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None = None, scale: fl
         and head_dim <= 128  # the limit of every generation since Ampere, backward pass included
     )
     if fused:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+        return kept(jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn"), "attention")
     wide = jnp.promote_types(q.dtype, jnp.float32)
     # Heads before positions: one batched matrix product, twice as fast on CPU as with the heads between.
     q, k, v = (a.swapaxes(1, 2) for a in (q * (head_dim**-0.5 if scale is None else scale), k, v))
@@ -44,8 +45,8 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None = None, scale: fl
 
     queries, keys = q.shape[2], k.shape[2]
     if bias is None and queries * keys > _WHOLE_UP_TO:
-        return _by_chunks(attend, q, max(1, _WHOLE_UP_TO // 4 // keys)).swapaxes(1, 2)
-    return attend(q).swapaxes(1, 2)
+        return kept(_by_chunks(attend, q, max(1, _WHOLE_UP_TO // 4 // keys)).swapaxes(1, 2), "attention")
+    return kept(attend(q).swapaxes(1, 2), "attention")
 
 
 def _by_chunks(attend: Callable[[Array], Array], q: Array, size: int) -> Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from ldm_jax.nn.attention import AttentionBlock
 from ldm_jax.nn.layers import Array, Conv, Dtype, ResBlock, depth_to_space, norm, norm_groups, space_to_depth
 from ldm_jax.nn.quantize import Codebook, straight_through
+from ldm_jax.nn.remat import check_remat, rematted, rematted_group
 
 _EPS = 1e-6
 
@@ -26,6 +27,7 @@ class Encoder(nn.Module):
     patch_size: int
     norm_groups: int
     dtype: Dtype
+    remat: str
 
     @nn.compact
     def __call__(self, x: Array, part: str = "all") -> Array:
@@ -42,7 +44,7 @@ class Encoder(nn.Module):
 
     def _below(self, h: Array) -> Array:
         h = _level(self, h, "down", len(self.channel_mult) - 1, self.num_res_blocks)
-        h = _middle(h, self.mid_attention, self.norm_groups, self.dtype)
+        h = _middle(self, h)
         h = nn.silu(norm(self.dtype, _EPS, "norm_out", norm_groups(h.shape[-1], self.norm_groups))(h))
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h)
 
@@ -61,6 +63,7 @@ class Decoder(nn.Module):
     patch_size: int
     norm_groups: int
     dtype: Dtype
+    remat: str
 
     @nn.compact
     def __call__(self, z: Array, part: str = "all") -> Array:
@@ -69,7 +72,7 @@ class Decoder(nn.Module):
 
     def _below(self, z: Array) -> Array:
         h = Conv(self.channels * self.channel_mult[-1], dtype=self.dtype, name="conv_in")(z)
-        h = _middle(h, self.mid_attention, self.norm_groups, self.dtype)
+        h = _middle(self, h)
         return _level(self, h, "up", len(self.channel_mult) - 1, self.num_res_blocks + 1)
 
     def _above(self, h: Array) -> Array:
@@ -81,20 +84,26 @@ class Decoder(nn.Module):
 
 def _level(net: Encoder | Decoder, h: Array, way: str, level: int, blocks: int) -> Array:
     """The residual blocks of a level, with attention where the network has it."""
+    return rematted_group(_blocks, net.remat, (2, 3, 4))(net, h, way, level, blocks)
+
+
+def _blocks(net: Encoder | Decoder, h: Array, way: str, level: int, blocks: int) -> Array:
     width = net.channels * net.channel_mult[level]
     for i in range(blocks):
         name = f"{way}_{level}_{i}"
-        h = ResBlock(width, _EPS, zero_init=False, groups=net.norm_groups, dtype=net.dtype, name=f"{name}_res")(h)
+        block = rematted(ResBlock, net.remat)
+        h = block(width, _EPS, zero_init=False, groups=net.norm_groups, dtype=net.dtype, name=f"{name}_res")(h)
         if net.patch_size * 2**level in net.attention_levels:
-            h = AttentionBlock(1, _EPS, False, net.norm_groups, net.dtype, name=f"{name}_attn")(h)
+            h = rematted(AttentionBlock, net.remat)(1, _EPS, False, net.norm_groups, net.dtype, name=f"{name}_attn")(h)
     return h
 
 
-def _middle(h: Array, with_attention: bool, groups: int, dtype: Dtype) -> Array:
-    h = ResBlock(h.shape[-1], _EPS, zero_init=False, groups=groups, dtype=dtype, name="mid_block_1")(h)
-    if with_attention:
-        h = AttentionBlock(1, _EPS, False, groups, dtype, name="mid_attn_1")(h)
-    return ResBlock(h.shape[-1], _EPS, zero_init=False, groups=groups, dtype=dtype, name="mid_block_2")(h)
+def _middle(net: Encoder | Decoder, h: Array) -> Array:
+    block, shared = rematted(ResBlock, net.remat), {"zero_init": False, "groups": net.norm_groups, "dtype": net.dtype}
+    h = block(h.shape[-1], _EPS, **shared, name="mid_block_1")(h)
+    if net.mid_attention:
+        h = rematted(AttentionBlock, net.remat)(1, _EPS, **shared, name="mid_attn_1")(h)
+    return block(h.shape[-1], _EPS, **shared, name="mid_block_2")(h)
 
 
 class Autoencoder(nn.Module):
@@ -201,6 +210,7 @@ class _Convolutional(Autoencoder):
     norm_groups: int = 0
     quant_conv: bool = True
     dtype: Dtype = jnp.float32
+    remat: str = "none"
 
     numbers_a_latent = 1  # of the moments
 
@@ -209,6 +219,7 @@ class _Convolutional(Autoencoder):
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)
 
     def check(self) -> None:
+        check_remat(self.remat)
         factors = [self.patch_size * 2**i for i in range(len(self.channel_mult))]
         unmatched = sorted(set(self.attention_levels) - set(factors))
         if unmatched:
@@ -219,8 +230,9 @@ class _Convolutional(Autoencoder):
     def setup(self) -> None:
         shared = (self.channels, self.channel_mult, self.num_res_blocks, self.attention_levels, self.mid_attention)
         n = self.numbers_a_latent
-        self.encoder = Encoder(*shared, n * self.z_channels, self.patch_size, self.norm_groups, self.dtype)
-        self.decoder = Decoder(*shared, self.patch_size, self.norm_groups, self.dtype)
+        last = (self.patch_size, self.norm_groups, self.dtype, self.remat)
+        self.encoder = Encoder(*shared, n * self.z_channels, *last)
+        self.decoder = Decoder(*shared, *last)
         if self.quant_conv:
             self.to_latents = Conv(n * self.latent_channels, 1, bias_init=self._moments_bias, dtype=self.dtype, name="quant_conv")
             self.from_latents = Conv(self.z_channels, 1, dtype=self.dtype, name="post_quant_conv")
@@ -264,6 +276,7 @@ class KLAutoencoder(_Convolutional):
       patch_size: pixels folded into channels before the first convolution; 1 in the paper, 4 makes small models much faster on a CPU.
       norm_groups: of every norm; 0 is 32, or fewer in narrow networks.
       quant_conv: 1x1 convolutions on both sides of the latents, as in the paper; autoencoders of 2024 and later have none.
+      remat: which activations are kept for the backward pass, see `nn.remat`.
       init_log_var: the posterior's log-variance in an untrained network. At 0, the paper's, noise hides the latents from the decoder at
         first; -6 saves a small model half of its steps.
     """

@@ -1,5 +1,6 @@
 """DiT: a transformer over patches of the latent as the denoiser (Peebles & Xie 2023, "Scalable Diffusion Models with Transformers")."""
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import numpy as np
 
 from ldm_jax.nn.attention import MultiHeadAttention
 from ldm_jax.nn.layers import Array, Dense, Dtype, Initializer, depth_to_space, space_to_depth, timestep_embedding, zeros
-from ldm_jax.nn.unet import REMAT
+from ldm_jax.nn.remat import check_remat, rematted, rematted_group
 
 # Table 1; the number after the slash in a model's name ("DiT-XL/2") is its patch size.
 SIZES: dict[str, dict[str, int]] = {
@@ -104,7 +105,7 @@ class DiT(nn.Module):
       legacy_frequencies: the time embedding's lowest frequency is 1/10000, as in diffusers' class, and not one step above it, as in the
         paper's code. Weights want those that they were trained with.
       mlp_epsilon: of the norm before the feed-forward; diffusers' configurations have 1e-5 there.
-      remat: "blocks" recomputes each block's activations in the backward pass.
+      remat: which activations are kept for the backward pass, see `nn.remat`; a group is of about sqrt(depth) blocks.
     """
 
     out_channels: int
@@ -133,8 +134,7 @@ class DiT(nn.Module):
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
         if self.mlp_ratio * self.width < 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden units")
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT)}")
+        check_remat(self.remat)
 
     @property
     def multiple(self) -> int:
@@ -165,10 +165,10 @@ class DiT(nn.Module):
 
         tokens = Dense(self.width, kernel_init=_xavier, dtype=dtype, name="x_embed")(space_to_depth(x, size))
         tokens = tokens.reshape(x.shape[0], -1, self.width) + jnp.asarray(positions(*grid, self.width), dtype)
-        cls = nn.remat(DiTBlock, static_argnums=(4,)) if self.remat == "blocks" else DiTBlock
-        for i in range(self.depth):
-            block = cls(self.num_heads, self.mlp_ratio, self.qk_norm, self.mlp_epsilon, self.dropout, dtype, name=f"block_{i}")
-            tokens = block(tokens, emb, crossattn, deterministic)
+        group = math.isqrt(self.depth)
+        for start in range(0, self.depth, group):
+            blocks = rematted_group(DiT._blocks, self.remat, (1, 5))
+            tokens = blocks(self, range(start, min(start + group, self.depth)), tokens, emb, crossattn, deterministic)
 
         final = Dense(2 * self.width, kernel_init=zeros, dtype=dtype, name="final_modulation")(emb)[:, None]
         shift, scale = jnp.split(final, 2, axis=-1)
@@ -177,6 +177,13 @@ class DiT(nn.Module):
         patches = Dense(size * size * channels, kernel_init=zeros, dtype=dtype, name="out")(tokens)
         y = depth_to_space(patches.reshape(x.shape[0], *grid, -1), size)[..., : self.out_channels]
         return y.astype(jnp.promote_types(dtype, jnp.float32))
+
+    def _blocks(self, which: range, tokens: Array, emb: Array, context: Array | None, deterministic: bool) -> Array:
+        cls = rematted(DiTBlock, self.remat, (4,))
+        for i in which:
+            block = cls(self.num_heads, self.mlp_ratio, self.qk_norm, self.mlp_epsilon, self.dropout, self.dtype, name=f"block_{i}")
+            tokens = block(tokens, emb, context, deterministic)
+        return tokens
 
     def _embedding(self, t: Array, vector: Array | None) -> Array:
         """What every modulation is computed from, [B,width]: the time, and the vector where one is given."""

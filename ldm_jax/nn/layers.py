@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.nn.remat import kept
+
 Array = jax.Array
 Dtype = Any
 Initializer = Callable[..., Any]
@@ -49,14 +51,14 @@ class Conv(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,))
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
         if k == 1:
-            return _matmul(x, kernel[0, 0]) + bias
+            return kept(_matmul(x, kernel[0, 0]) + bias, "dense")
         if self.dtype == jnp.bfloat16 and channels < 8:
             # bfloat16 convolutions of fewer than 8 channels miss the tensor cores, and XLA pads only float16 by itself.
             missing = ((0, 0), (0, 0), (0, 8 - channels), (0, 0))
             x, kernel = jnp.pad(x, ((0, 0),) * 3 + missing[2:3]), jnp.pad(kernel, missing)
         if self.upsample:
-            return _upsampled_conv(x, kernel) + bias
-        return _conv(x, kernel, self.stride, (self.padding, self.padding)) + bias
+            return kept(_upsampled_conv(x, kernel) + bias, "conv")
+        return kept(_conv(x, kernel, self.stride, (self.padding, self.padding)) + bias, "conv")
 
 
 class Dense(nn.Module):
@@ -74,7 +76,7 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = _matmul(jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype))
-        return y + jnp.asarray(self.param("bias", zeros, (self.features,)), self.dtype) if self.use_bias else y
+        return kept(y + jnp.asarray(self.param("bias", zeros, (self.features,)), self.dtype) if self.use_bias else y, "dense")
 
 
 def _matmul(x: Array, kernel: Array) -> Array:

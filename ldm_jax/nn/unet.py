@@ -5,8 +5,7 @@ import jax.numpy as jnp
 
 from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
 from ldm_jax.nn.layers import Array, Conv, Dense, Dtype, ResBlock, norm, norm_groups, share_waves, timestep_embedding, zeros
-
-REMAT = ("none", "blocks")
+from ldm_jax.nn.remat import check_remat, rematted, rematted_group
 
 
 def place_features(height: int, width: int, channels: int) -> Array:
@@ -32,7 +31,7 @@ class UNet(nn.Module):
       norm_groups: of every GroupNorm; 0 is 32, or fewer in narrow networks.
       places: adds fixed features of each place to the first convolution's result. Without them a UNet knows where it is by the padding of
         its convolutions alone, and a small one takes long to learn to paint at places that it is told. Not in the paper's code.
-      remat: "blocks" recomputes each block's activations in the backward pass.
+      remat: which activations are kept for the backward pass, see `nn.remat`.
     """
 
     out_channels: int
@@ -62,8 +61,7 @@ class UNet(nn.Module):
             raise ValueError("give one of num_heads and head_channels, and set the other to 0")
         if self.vector_layers not in (0, 1, 2):
             raise ValueError(f"vector_layers {self.vector_layers} is not 0, 1 or 2")
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT)}")
+        check_remat(self.remat)
         for mult, factor in zip(self.channel_mult, factors, strict=True):
             width, by = self.channels * mult, self.num_heads or self.head_channels
             if (factor in self.attention_levels or factor == factors[-1]) and width % by:
@@ -103,41 +101,52 @@ class UNet(nn.Module):
         h = Conv(self.channels, dtype=self.dtype, name="input_0_conv")(x)
         if self.places:
             h = h + jnp.asarray(place_features(*h.shape[1:]), h.dtype)
-        skips, block, factor = [h], 1, 1
-        for level, mult in enumerate(self.channel_mult):
-            for _ in range(self.num_res_blocks):
-                h = self._res(f"input_{block}_res", self.channels * mult, h, emb, deterministic)
-                h = self._attention(f"input_{block}_attn", factor, h, crossattn, deterministic)
-                skips.append(h)
-                block += 1
-            if level + 1 < len(self.channel_mult):
-                if self.resblock_updown:
-                    h = self._res(f"input_{block}_down", h.shape[-1], h, emb, deterministic, "down")
-                else:
-                    h = Conv(h.shape[-1], stride=2, dtype=self.dtype, name=f"input_{block}_down")(h)
-                skips.append(h)
-                block, factor = block + 1, factor * 2
-
-        h = self._res("middle_0_res", h.shape[-1], h, emb, deterministic)
-        h = self._attention("middle_1_attn", None, h, crossattn, deterministic)
-        h = self._res("middle_2_res", h.shape[-1], h, emb, deterministic)
-
-        block = 0
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
-            for i in range(self.num_res_blocks + 1):
-                h = self._res(f"output_{block}_res", self.channels * mult, jnp.concatenate([h, skips.pop()], -1), emb, deterministic)
-                h = self._attention(f"output_{block}_attn", factor, h, crossattn, deterministic)
-                if level and i == self.num_res_blocks:
-                    if self.resblock_updown:
-                        h = self._res(f"output_{block}_up", h.shape[-1], h, emb, deterministic, "up")
-                    else:
-                        h = Conv(h.shape[-1], upsample=True, dtype=self.dtype, name=f"output_{block}_up")(h)
-                    factor //= 2
-                block += 1
+        skips = [h]
+        for level in range(len(self.channel_mult)):
+            down = rematted_group(UNet._down, self.remat, (1, 5))
+            skips += down(self, level, skips[-1], emb, crossattn, deterministic)
+        h = rematted_group(UNet._middle, self.remat, (4,))(self, skips[-1], emb, crossattn, deterministic)
+        for level in reversed(range(len(self.channel_mult))):
+            first = -self.num_res_blocks - 1
+            up = rematted_group(UNet._up, self.remat, (1, 6))
+            h = up(self, level, h, tuple(skips[first:]), emb, crossattn, deterministic)
+            del skips[first:]
 
         h = nn.silu(norm(self.dtype, 1e-5, "out_norm", norm_groups(h.shape[-1], self.norm_groups))(h))
         h = Conv(self.out_channels, kernel_init=zeros, dtype=self.dtype, name="out_conv")(h)
         return h.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+    def _down(self, level: int, h: Array, emb: Array, context: Array | None, deterministic: bool) -> list[Array]:
+        """What the blocks of a level make of h one after another, for the way up, and with the last level excepted, the halved map."""
+        outputs, block, width = [], 1 + level * (self.num_res_blocks + 1), self.channels * self.channel_mult[level]
+        for _ in range(self.num_res_blocks):
+            h = self._res(f"input_{block}_res", width, h, emb, deterministic)
+            h = self._attention(f"input_{block}_attn", 2**level, h, context, deterministic)
+            outputs.append(h)
+            block += 1
+        if level + 1 == len(self.channel_mult):
+            return outputs
+        if self.resblock_updown:
+            return [*outputs, self._res(f"input_{block}_down", width, h, emb, deterministic, "down")]
+        return [*outputs, Conv(width, stride=2, dtype=self.dtype, name=f"input_{block}_down")(h)]
+
+    def _middle(self, h: Array, emb: Array, context: Array | None, deterministic: bool) -> Array:
+        h = self._res("middle_0_res", h.shape[-1], h, emb, deterministic)
+        h = self._attention("middle_1_attn", None, h, context, deterministic)
+        return self._res("middle_2_res", h.shape[-1], h, emb, deterministic)
+
+    def _up(self, level: int, h: Array, skips: tuple[Array, ...], emb: Array, context: Array | None, deterministic: bool) -> Array:
+        """The way up through a level, with what the way down left there, the last of it first."""
+        block, width = (len(self.channel_mult) - 1 - level) * (self.num_res_blocks + 1), self.channels * self.channel_mult[level]
+        for skip in reversed(skips):
+            h = self._res(f"output_{block}_res", width, jnp.concatenate([h, skip], -1), emb, deterministic)
+            h = self._attention(f"output_{block}_attn", 2**level, h, context, deterministic)
+            block += 1
+        if not level:
+            return h
+        if self.resblock_updown:
+            return self._res(f"output_{block - 1}_up", width, h, emb, deterministic, "up")
+        return Conv(width, upsample=True, dtype=self.dtype, name=f"output_{block - 1}_up")(h)
 
     def _vector(self, vector: Array) -> Array:
         for layer in range(self.vector_layers):
@@ -146,7 +155,7 @@ class UNet(nn.Module):
         return vector
 
     def _res(self, name: str, width: int, h: Array, emb: Array, deterministic: bool, resample: str | None = None) -> Array:
-        cls = nn.remat(ResBlock, static_argnums=(3,)) if self.remat == "blocks" else ResBlock
+        cls = rematted(ResBlock, self.remat, (3,))
         block = cls(width, 1e-5, self.dropout, self.scale_shift, resample, groups=self.norm_groups, dtype=self.dtype, name=name)
         return block(h, emb, deterministic)
 
@@ -157,8 +166,7 @@ class UNet(nn.Module):
         width = h.shape[-1]
         heads = self.num_heads or width // self.head_channels
         if self.transformer_depth == 0:
-            plain = nn.remat(AttentionBlock) if self.remat == "blocks" else AttentionBlock
-            return plain(heads, groups=self.norm_groups, dtype=self.dtype, name=name)(h)
-        cls = nn.remat(SpatialTransformer, static_argnums=(3,)) if self.remat == "blocks" else SpatialTransformer
+            return rematted(AttentionBlock, self.remat)(heads, groups=self.norm_groups, dtype=self.dtype, name=name)(h)
+        cls = rematted(SpatialTransformer, self.remat, (3,))
         transformer = cls(heads, width // heads, self.transformer_depth, self.dropout, self.norm_groups, self.dtype, name=name)
         return transformer(h, context, deterministic)

@@ -107,21 +107,26 @@ def gathered(params: Any, dtype: Any, rules: Sequence[Rule] = DEFAULT, prefix: s
         spec = spec_of(f"{prefix}/{name}", leaf.shape, mesh.shape["fsdp"], rules)
         if spec == PartitionSpec():
             return leaf
-        return _gathered(leaf, spec, jnp.dtype(dtype) if name.endswith("kernel") else leaf.dtype)
+        kernel = name.endswith("kernel")
+        return _gathered(leaf, spec, jnp.dtype(dtype) if kernel else leaf.dtype, not kernel)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(leaf: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
-    return jax.lax.with_sharding_constraint(leaf.astype(dtype), PartitionSpec())
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(leaf: jax.Array, spec: PartitionSpec, dtype: Any, table: bool) -> jax.Array:
+    cast = jax.lax.with_sharding_constraint(leaf.astype(dtype), spec)  # before it crosses the network
+    return jax.lax.with_sharding_constraint(cast, PartitionSpec())
 
 
-def _gathered_forward(leaf: jax.Array, spec: PartitionSpec, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    return _gathered(leaf, spec, dtype), jnp.zeros((), leaf.dtype)
+def _gathered_forward(leaf: jax.Array, spec: PartitionSpec, dtype: Any, table: bool) -> tuple[jax.Array, jax.Array]:
+    return _gathered(leaf, spec, dtype, table), jnp.zeros((), leaf.dtype)
 
 
-def _gathered_backward(spec: PartitionSpec, dtype: Any, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+def _gathered_backward(spec: PartitionSpec, dtype: Any, table: bool, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    if table:
+        # Of a table of embeddings: where its gradient is asked for in parts, all of the batch's embeddings are gathered to make them.
+        gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
     return (jax.lax.with_sharding_constraint(gradient, spec).astype(like.dtype),)
 
 

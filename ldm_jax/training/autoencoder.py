@@ -56,7 +56,7 @@ class AutoencoderStage:
     def __init__(self, config: ConfigDict, source: Source, perceptual: Any = None) -> None:
         group, self.config, self.source = config.first_stage, config, source
         self.dtype = compute_dtype(config.train.dtype)
-        self.network = build_autoencoder(group.to_dict(), self.dtype)
+        self.network = build_autoencoder({**group.to_dict(), "remat": config.train.remat}, self.dtype)
         self.discriminator = PatchDiscriminator(**group.discriminator.to_dict(), dtype=self.dtype)
         self.disc_start = group.loss.disc_start
         self.follows = isinstance(self.network, VQAutoencoder) and group.codebook.ema > 0  # averages move the codebook, not gradients

@@ -85,7 +85,7 @@ class DiffusionStage:
         self.dtype = compute_dtype(config.train.dtype)
         conditioning = conditioning_for(config, first_stage.network, tokenizer)
         channels = first_stage.network.latent_channels
-        self.denoiser: Denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, channels, self.dtype)
+        self.denoiser: Denoiser = build_denoiser(denoiser_group(config), config.diffusion, conditioning, channels, self.dtype)
         self.trained = self.denoiser
         if isinstance(source, Embedded):
             text = EmbeddedTextConditioner(source.empty, config.conditioning.text.drop_rate)
@@ -255,10 +255,17 @@ def model_info(config: ConfigDict, step: int) -> dict[str, Any]:
     return {"task": "diffusion", "step": step, "resolution": config.data.resolution, **groups}
 
 
+def denoiser_group(config: ConfigDict) -> dict[str, Any]:
+    """What the denoiser of a run is built from."""
+    return {**config.denoiser.to_dict(), "remat": config.train.remat}
+
+
 def conditioning_for(config: ConfigDict, autoencoder: Autoencoder, tokenizer: Any) -> Conditioning:
     """The conditioners of a run on the latents of an autoencoder. Raises UserError."""
+    groups = config.conditioning.to_dict()
+    groups["text"]["remat"] = config.train.remat
     sizes = (config.data.resolution, autoencoder.factor, autoencoder.latent_channels)
-    return build_conditioning(config.conditioning.to_dict(), Model(*sizes, compute_dtype(config.train.dtype), tokenizer))
+    return build_conditioning(groups, Model(*sizes, compute_dtype(config.train.dtype), tokenizer))
 
 
 def build_sampling(group: ConfigDict, denoiser: Denoiser) -> Sampling:

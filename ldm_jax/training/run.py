@@ -25,7 +25,7 @@ from ldm_jax.stages import FirstStage, abstract_params, build_autoencoder, build
 from ldm_jax.training import init_from, loop, optimizer
 from ldm_jax.training.autoencoder import AutoencoderStage
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampling, caption, conditioning_for, model_info
+from ldm_jax.training.diffusion import DiffusionStage, build_loss, build_sampling, caption, conditioning_for, denoiser_group, model_info
 from ldm_jax.training.encode import MEASURED, Encoder, ensure_cache, latent_scale, latent_statistics
 from ldm_jax.training.held_out import AutoencoderEvaluation, DenoiserEvaluation
 from ldm_jax.training.inputs import check_examples, open_source
@@ -111,7 +111,7 @@ def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoenc
     elif text.enabled and text.tokenizer != "train" and not (workdir.path / "tokenizer.json").exists():
         tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
     conditioning = conditioning_for(config, autoencoder, tokenizer)
-    denoiser = build_denoiser(config.denoiser.to_dict(), config.diffusion, conditioning, autoencoder.latent_channels, dtype)
+    denoiser = build_denoiser(denoiser_group(config), config.diffusion, conditioning, autoencoder.latent_channels, dtype)
     build_loss(config.diffusion, denoiser.process)
     build_sampling(config.sample, denoiser)
     optimizer.from_config(config.optimizer, config.train.steps)

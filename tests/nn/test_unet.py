@@ -73,15 +73,6 @@ def test_examples_do_not_see_each_other() -> None:
     np.testing.assert_allclose(both[1:], alone, rtol=1e-3, atol=1e-3)
 
 
-def test_recomputed_blocks_have_the_same_gradients() -> None:
-    def gradient(remat: str) -> Any:
-        network = UNet(**SMALL, remat=remat)
-        return jax.jit(jax.grad(lambda p: jnp.mean(network.apply(p, *inputs()) ** 2)))(random_params())
-
-    for a, b in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient("blocks")), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max()) + 1e-7)
-
-
 def test_bfloat16_is_close_and_its_output_is_float32() -> None:
     full, low = run(random_params(), *inputs()), run(random_params(), *inputs(), dtype=jnp.bfloat16)
     assert low.dtype == jnp.float32
@@ -130,7 +121,7 @@ def test_a_context_that_nothing_attends_to_is_an_error() -> None:
         ({"num_heads": 2}, "give one of num_heads and head_channels"),
         ({"head_channels": 0}, "give one of num_heads and head_channels"),
         ({"head_channels": 12}, "width 16 at factor 1 is not divisible into heads"),
-        ({"remat": "all"}, "remat 'all' is not one of none, blocks"),
+        ({"remat": "all"}, "remat 'all' is not one of none, blocks, full"),
     ],
 )
 def test_settings_without_effect_or_sense_are_errors(fields: dict[str, Any], message: str) -> None:
