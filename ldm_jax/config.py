@@ -196,8 +196,6 @@ def check(config: ConfigDict) -> None:
     neighbors = config.conditioning.neighbors
     if neighbors.queries and (config.data.buckets or config.data.source == "shapes"):
         raise UserError("conditioning.neighbors.queries are of files in their order: not for data.buckets, nor for drawn scenes")
-    if text.enabled and text.frozen and not config.train.init_from:
-        raise UserError("conditioning.text.frozen leaves the text encoder as it is: give its weights with train.init_from")
     scale = config.first_stage.latent_scale
     if scale not in ("std", "channel") and not _is_positive_number(scale):
         raise UserError(f"first_stage.latent_scale {scale!r} is not std, channel or a positive number")
@@ -258,7 +256,7 @@ def latent_factor(first_stage: ConfigDict) -> int:
 
 
 _POSITIVE = {
-    "data": ("resolution", "size", "workers"),
+    "data": ("resolution", "size", "encode_batch", "workers"),
     "sample": ("every", "steps", "batch_size"),
     "evaluate": ("guidance_prompts", "examples", "samples"),
     "checkpoint": ("every", "keep"),
@@ -309,7 +307,7 @@ def first_stage_run(config: ConfigDict) -> ConfigDict:
 # when. (`steps` stretches a schedule that decays; `init_from` is read once, at the start; whose first stage a denoiser has is looked at
 # when it goes on: `learnt_latents`.)
 _FREE = re.compile(
-    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan|init_from|remat|accumulation)|data\.(path|latents|workers|max_broken)"
+    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan|init_from|remat|accumulation)|data\.(path|latents|encode_batch|workers|max_broken)"
     r"|first_stage\.(path|loss\.(vgg|linear))"
 )
 

@@ -111,6 +111,7 @@ def base() -> ConfigDict:
                 "counts": (1, 2, 3),  # shapes: objects a scene, equally likely; repeat a number to weigh it
                 "cache": True,  # encode once; False encodes in every step
                 "latents": "",  # where the latent cache lies, to share it between runs; default: in the work directory
+                "encode_batch": 128,  # pictures that a host encodes at a time
                 "workers": 2,  # reading threads
             },
             "first_stage": first_stage(),

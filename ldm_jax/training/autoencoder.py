@@ -78,6 +78,12 @@ class AutoencoderStage:
                 "first_stage.discriminator.norm=batch takes its statistics from each micro-batch: use group, or train.accumulation=1"
             )
 
+    def without_remat(self) -> "AutoencoderStage":
+        """The same, with all activations kept: what it computes is what an update takes at least."""
+        plain = ConfigDict(self.config.to_dict())
+        plain.train.remat = "none"
+        return AutoencoderStage(plain, self.source, self.frozen)
+
     def notes(self) -> Iterator[str]:
         """What a user should know before the run."""
         if self.frozen is None:

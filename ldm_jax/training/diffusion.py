@@ -79,7 +79,7 @@ class DiffusionStage:
         source: Source | LatentCache | Embedded,
         tokenizer: Any,
     ) -> None:
-        self.config, self.source = config, source
+        self.config, self.source, self.tokenizer = config, source, tokenizer
         self.first_stage, self.first_stage_params = first_stage, first_stage_params
         self.frozen = {} if config.data.cache else first_stage_params
         self.dtype = compute_dtype(config.train.dtype)
@@ -87,7 +87,7 @@ class DiffusionStage:
         channels = first_stage.network.latent_channels
         self.denoiser: Denoiser = build_denoiser(denoiser_group(config), config.diffusion, conditioning, channels, self.dtype)
         self.trained = self.denoiser
-        if isinstance(source, Embedded):
+        if hasattr(source, "empty"):
             text = EmbeddedTextConditioner(source.empty, config.conditioning.text.drop_rate)
             self.trained = replace(self.denoiser, conditioning=conditioning.replaced(text))
         self.loss = build_loss(config.diffusion, self.denoiser.process)
@@ -97,6 +97,12 @@ class DiffusionStage:
         self.latent_shape = (size, size, channels)
         frozen = {c.name for c in conditioning.conditioners if getattr(c, "frozen", False)}
         self.optimizers = {"all": optimizer.sparing(optimizer.from_config(config.optimizer, config.train.steps), "conditioner", frozen)}
+
+    def without_remat(self) -> "DiffusionStage":
+        """The same, with all activations kept: what it computes is what an update takes at least."""
+        plain = ConfigDict(self.config.to_dict())
+        plain.train.remat = "none"
+        return DiffusionStage(plain, self.first_stage, self.first_stage_params, self.source, self.tokenizer)
 
     @cached_property
     def abstract_params(self) -> Params:

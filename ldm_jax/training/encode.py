@@ -26,6 +26,12 @@ Make = Callable[[range, int], Generator[dict[str, Any], None, None]]
 MEASURED = ("std", "channel")  # kinds of scale that are of the statistics of the latents, and no number
 
 
+def encode_jit(stage: FirstStage, mesh: Mesh) -> Any:
+    """`f(params, images uint8 [B,H,W,3])` to raw moments, the batch split over a mesh."""
+    split = batch_sharding(mesh)
+    return jax.jit(lambda p, x: stage.moments(p, to_float(x)), in_shardings=(replicated(mesh), split), out_shardings=split)
+
+
 class Encoder:
     """Images to raw moments on this process's own devices, in batches of one size so that one program serves all."""
 
@@ -35,8 +41,7 @@ class Encoder:
         self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
         self.fingerprint = weights_fingerprint(params)
         self.params = jax.device_put(params, replicated(self.mesh))
-        split = batch_sharding(self.mesh)
-        self._run = jax.jit(lambda p, x: stage.moments(p, to_float(x)), in_shardings=(replicated(self.mesh), split), out_shardings=split)
+        self._run = encode_jit(stage, self.mesh)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 [batch_size,H,W,3] to moments, float32 [batch_size,h,w,2c] or, where they are the latents, [batch_size,h,w,c]."""

@@ -54,6 +54,7 @@ class Stage(Protocol):
         ...
 
     def batches(self, **kwargs: Any) -> Batches: ...
+    def without_remat(self) -> "Stage": ...
     def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
         """(images uint8 [N,H,W,3], columns of the grid, captions)."""
         ...
@@ -267,9 +268,10 @@ class _Run:
 
 
 def step_flops(stage: Stage, batches: Batches, state: State, phase: bool) -> int:
-    """Operations of one update on the global batch, counted from its trace."""
+    """Operations of one update on the global batch, counted from its trace, without what is computed anew to save memory."""
     rows = stage.config.train.batch_size
     example = batches.batch(0)
     batch = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in example.items() if isinstance(v, np.ndarray)}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    return count_flops(lambda s, b, f, r: stage.update(s, b, f, r, phase), abstract, batch, stage.frozen, jax.random.key(0))
+    plain = stage.without_remat()
+    return count_flops(lambda s, b, f, r: plain.update(s, b, f, r, phase), abstract, batch, stage.frozen, jax.random.key(0))

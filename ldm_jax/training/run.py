@@ -34,7 +34,6 @@ from ldm_jax.training.text_cache import Embedded, with_embeddings
 
 logger = logging.getLogger(__name__)
 _TOKENIZER_CAPTIONS = 50_000
-_ENCODE_BATCH = 128
 
 
 def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
@@ -105,6 +104,8 @@ def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoenc
     """Raises UserError where stage 2 cannot be built as it is set, its conditions go nowhere, or the data has nothing for one of them."""
     dtype, text = compute_dtype(config.train.dtype), config.conditioning.text
     starts = init_from.starts(config, workdir)
+    if text.enabled and text.frozen and not config.train.init_from:
+        raise UserError("conditioning.text.frozen leaves the text encoder as it is: give its weights with train.init_from")
     tokenizer = None
     if text.enabled and starts:
         tokenizer = init_from.initial_tokenizer(config)
@@ -156,7 +157,7 @@ def encode(config: ConfigDict, workdir: WorkDir) -> LatentCache:
         raise UserError("a latent cache belongs to a diffusion run (task=diffusion)")
     first_stage, params = fitting_first_stage(config, find_model(config.first_stage.path or str(workdir.first_stage.path)))
     source = open_source(config, workdir)
-    return ensure_cache(config, workdir, Encoder(first_stage, params, _ENCODE_BATCH), source)
+    return ensure_cache(config, workdir, Encoder(first_stage, params, config.data.encode_batch), source)
 
 
 def has_scale(model: Any) -> bool:
@@ -183,7 +184,7 @@ def train_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh
     """Stage 1 to its end: weights, latent statistics, model."""
     network, params, step = _first_stage_weights(config, workdir, source, mesh)
     raw = FirstStage(network)
-    encoder = Encoder(raw, params, _ENCODE_BATCH)
+    encoder = Encoder(raw, params, config.data.encode_batch)
     mean, std = latent_statistics(encoder, source, config.first_stage.statistics_examples, config.data.workers)
     shift, scale = latent_scale(config.first_stage.latent_scale, mean, std)
     info = {
@@ -267,7 +268,7 @@ def settle_latents(config: ConfigDict, workdir: WorkDir, source: Source, model: 
 def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: Any, mesh: Mesh) -> None:
     """Latents of the first stage in the directory `model`, stage 2, the oracle's table, the model."""
     first_stage, params = fitting_first_stage(config, model)
-    encoder = Encoder(first_stage, params, _ENCODE_BATCH)
+    encoder = Encoder(first_stage, params, config.data.encode_batch)
     first_stage = settle_latents(config, workdir, source, model, first_stage, encoder)
     tokenizer = ensure_tokenizer(config, workdir, source)
     starts = init_from.starts(config, workdir)
