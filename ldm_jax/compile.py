@@ -1,9 +1,9 @@
 """`python -m ldm_jax.compile --config FILE[:PRESET] --topology v5e:16x16 [--sweep mesh] [--json FILE] [--config.group.field=value ...]`.
 
-Will it fit, and how fast could it be? Compiles the programs of a run, the very ones that training, sampling and encoding run, for a TPU slice
-that need not be here (on any machine: pip install 'jax[tpu]'), or for the devices that are (gpu, cpu). Prints for each chip: memory by what
-it holds, operations, collectives, roofs. Where the update does not fit, it looks for the smallest change that does. Exit code 1 says that
-something does not fit. Nothing is run, no data and no weights are read (but those of first_stage.path). See docs/scale.md.
+Will it fit, and how fast could it be? Compiles the programs of a run, the very ones that training, sampling and encoding run, for a TPU
+slice that need not be here (on any machine: pip install 'jax[tpu]'), or for the devices that are (gpu, cpu). Prints for each chip: memory
+by what it holds, operations, collectives, roofs. Where the update does not fit, it looks for the smallest change that does. Exit code 1
+says that something does not fit. Nothing is run, no data and no weights are read (but those of first_stage.path). See docs/scale.md.
 """
 
 import os
@@ -156,7 +156,7 @@ def least_temporaries(plan: "Plan", change: dict[str, Any], train: "ConfigDict")
     share = 0.1 if "train.remat" in change else 1.0
     share *= train.accumulation / change.get("train.accumulation", train.accumulation)
     share *= change.get("train.batch_size", train.batch_size) / train.batch_size
-    return 0.5 * share * plan.memory["temporaries"]  # half, as a smaller share of the parameters has smaller gradients too
+    return 0.5 * share * plan.memory.get("temporaries", 0)  # half, as a smaller share of the parameters has smaller gradients too
 
 
 def swept(config: "ConfigDict", devices: Sequence[Any], chip: "Chip | None", name: str) -> dict[str, Any]:

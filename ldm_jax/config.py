@@ -186,7 +186,6 @@ def check(config: ConfigDict) -> None:
     for name, fields in _POSITIVE.items():
         _check_positive(config[name], f"{name}.", fields)
     _check_buckets(config)
-    text = config.conditioning.text
     for name, fields in _POSITIVE_CONDITIONING.items():
         _check_positive(config.conditioning[name], f"conditioning.{name}.", fields)
     shares = {f"conditioning.{name}.drop_rate": group.drop_rate for name, group in config.conditioning.items()}

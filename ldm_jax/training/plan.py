@@ -18,7 +18,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Traffic:
-    """All collectives of a kind in one execution: how many, and bytes that leave a chip, by the slice's network (ICI) or the data centre's."""
+    """All collectives of a kind in one execution: how many, and bytes that leave a chip, by ICI or by the data-centre network."""
 
     count: int
     ici_bytes: float
@@ -99,6 +99,10 @@ def compile_plan(program: Planned, chip: Chip | None) -> Plan:
     chips = program.mesh.size
     flops, computed = program.flops / chips, program.computed / chips
     memory = {name: size for name, tree in program.given.items() if (size := bytes_of(tree))}
+    given = sum(memory.values())
+    if chip and given > chip.hbm_bytes:  # no need to compile it
+        more = given - chip.hbm_bytes
+        return Plan(program.name, chips, program.images, False, memory, given, chip.hbm_bytes, more, flops, computed, 0.0)
     lowered, start = program.lower(), time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -106,12 +110,11 @@ def compile_plan(program: Planned, chip: Chip | None) -> Plan:
         used, capacity = _exhausted(str(error))
         if used is None or capacity is None:
             raise
-        memory["temporaries"] = max(used - sum(memory.values()), 0)
+        memory["temporaries"] = max(used - given, 0)
         seconds = time.perf_counter() - start
         return Plan(program.name, chips, program.images, False, memory, used, capacity, used - capacity, flops, computed, seconds)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
-    given = sum(memory.values())
     memory["padding"] = max(stats.argument_size_in_bytes - given, 0)
     memory["temporaries"] = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     memory["program"] = stats.generated_code_size_in_bytes
