@@ -44,9 +44,11 @@ def start(
     """Sets the process up before anything touches a device: logging, cluster, float64 where asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    import jax
-
     from ldm_jax.sharding.distributed import initialize
+    from ldm_jax.sharding.flags import set_environment
+
+    set_environment(os.environ)  # read when the first device is touched
+    import jax
 
     initialize(coordinator, num_processes, process_id)
     if dtype == "float64":

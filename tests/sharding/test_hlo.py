@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ldm_jax.sharding.hlo import Program, shape_bytes
+from ldm_jax.sharding.mesh import make_mesh
+
+# As XLA:TPU writes programs: groups in four notations, a fused reduce-scatter, a loop, an asynchronous start, vector memory S(1).
+TEXT = """HloModule jit_f, is_scheduled=true, num_partitions=8
+%all-reduce-scatter.1 (in: bf16[64,128]) -> bf16[16,128] {
+  %in = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.7 = bf16[64,128]{1,0} all-reduce(%in), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %cut = bf16[16,128]{1,0} dynamic-slice(%all-reduce.7, %offset), dynamic_slice_sizes={16,128}
+}
+
+%body.1 (carry: (f32[8,4], s32[])) -> (f32[8,4], s32[]) {
+  %carry = (f32[8,4]{1,0}, s32[]) parameter(0)
+  %x = f32[8,4]{1,0} get-tuple-element(%carry), index=0
+  %permute = f32[8,4]{1,0} collective-permute(%x), channel_id=2, source_target_pairs={{0,1},{1,2},{2,3}}
+  ROOT %out = (f32[8,4]{1,0}, s32[]) tuple(%permute, %x)
+}
+
+ENTRY %main (p: f32[8,4], q: bf16[64,128]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %q = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %scattered = bf16[16,128]{1,0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
+  %gathered = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%scattered), replica_groups=[2,4]<=[2,4]T(0,1), dimensions={0}
+  %start = (f32[8,4]{1,0}, f32[32,4]{1,0}) all-gather-start(%p), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
+  %done = f32[32,4]{1,0} all-gather-done(%start)
+  %sum = f32[8,4]{1,0} all-reduce(%p), replica_groups={}, to_apply=%add
+  %loop = (f32[8,4]{1,0}, s32[]) while(%carried), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %result = f32[8,4]{1,0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_collectives_of_every_notation() -> None:
+    found = {(one.kind, one.shape): one for one in Program(TEXT).collectives()}
+    scatter = found["reduce-scatter", "bf16[64,128]"]
+    assert scatter.groups.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and scatter.bytes == 64 * 128 * 2
+    assert scatter.traffic == 64 * 128 * 2 * 3 / 4 and not scatter.crosses(4) and scatter.crosses(2)
+    assert found["all-gather", "bf16[64,128]"].groups.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    start = found["all-gather", "(f32[8,4], f32[32,4])"]
+    assert start.bytes == 32 * 4 * 4 and start.groups.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]] and start.crosses(4)
+    total = found["all-reduce", "f32[8,4]"]
+    assert total.groups.tolist() == [[*range(8)]] and total.traffic == 2 * 128 * 7 / 8
+    permute = found["collective-permute", "f32[8,4]"]
+    assert permute.times == 5 and permute.traffic == 5 * 128 and permute.groups.shape == (3, 2)
+    assert len(found) == 5
+
+
+def test_memory_traffic_counts_loops_and_leaves_out_vector_memory() -> None:
+    tile, row = 64 * 128 * 2, 8 * 4 * 4
+    assert Program(TEXT).memory_bytes() == (tile + tile // 4) + tile // 4 + (row + row + 4 * row) + 2 * row + 5 * 2 * row
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [("bf16[2,3]{1,0:T(8,128)(2,1)}", 12), ("pred[7]", 7), ("f32[]", 4), ("(s32[2], f8e4m3fn[3], token[])", 11), ("c64[2]", 16)],
+)
+def test_shape_bytes(shape: str, size: int) -> None:
+    assert shape_bytes(shape) == size
+
+
+def test_a_program_of_eight_devices() -> None:
+    """A sum over the batch, within a loop of three turns, and parameters gathered from one axis."""
+    mesh = make_mesh(2, 4)
+    x, w = jax.ShapeDtypeStruct((64, 128), jnp.float32), jax.ShapeDtypeStruct((128, 128), jnp.float32)
+
+    def f(w: jax.Array, x: jax.Array) -> jax.Array:
+        def turn(w: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return w + jax.lax.with_sharding_constraint(x.T @ x, P()), None
+
+        return jax.lax.scan(turn, jax.lax.with_sharding_constraint(w, P()), None, length=3)[0]
+
+    with jax.set_mesh(mesh):
+        shardings = [jax.NamedSharding(mesh, P(None, "fsdp")), jax.NamedSharding(mesh, P(("slices", "data", "fsdp")))]
+        text = jax.jit(f, in_shardings=shardings).lower(w, x).compile().as_text()
+    found = Program(text).collectives()
+    gathers = [one for one in found if one.kind == "all-gather"]
+    assert [(one.groups.shape, one.bytes, one.times) for one in gathers] == [((2, 4), 128 * 128 * 4, 1)]
+    sums = [one for one in found if one.kind == "all-reduce"]
+    assert {one.groups.shape for one in sums} == {(1, 8)} and sum(one.times for one in sums) in (1, 3)  # XLA may take it out of the loop
+    assert np.array_equal(np.sort(gathers[0].groups.ravel()), np.arange(8))

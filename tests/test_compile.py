@@ -1,0 +1,136 @@
+"""python -m ldm_jax.compile on the devices of this machine; for slices of TPUs see test_compile_tpu.py."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ldm_jax import compile as front_door
+from ldm_jax import config as configs
+from ldm_jax.config import UserError
+from ldm_jax.sharding.chips import Chip
+from ldm_jax.sharding.mesh import make_mesh
+from ldm_jax.sharding.topology import open_topology
+from ldm_jax.training import plan, programs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+OVERRIDES = ["--config.train.dtype=float32"]
+SMALL = Chip("small", "", 1e12, 2**24, 1e10, 1e9, 1e8)  # 16 MiB
+
+
+def config(spec: str = "configs/class_cond.py:smoke", *overrides: str) -> Any:
+    return configs.from_command(spec, [*OVERRIDES, *overrides])
+
+
+def test_a_plan_says_what_the_state_is(tmp_path: Path) -> None:
+    found = front_door.planned(config(), jax.devices(), None, "smoke", ["step", "sampler", "encoder"], 0)
+    step, sampler, encoder = found["programs"]
+    assert [each["name"] for each in found["programs"]] == ["train step", "sampler", "encoder"]
+    stage = programs.plan_stage(config())
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(stage.abstract_params))
+    assert step["memory"]["parameters"] == 4 * parameters
+    assert step["memory"]["optimiser"] == pytest.approx(8 * parameters, rel=1e-3)  # Adam's two moments, and counts
+    assert step["memory"]["EMA"] == 4 * parameters * len(config().ema.decays)
+    assert step["chips"] == 8 and sampler["chips"] == encoder["chips"] == 1
+    assert sampler["images"] == 2 and encoder["images"] == 16  # a device's share of 16, and of 128
+    assert step["flops"] == step["computed"] and found["fits"] is True and step["fits"] is None
+    assert step["traffic"]["all-reduce"]["ici_bytes"] >= 2 * 4 * parameters * 7 / 8
+    front_door.write(tmp_path / "a" / "plan.json", found)
+    assert json.loads((tmp_path / "a" / "plan.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_a_split_state_takes_its_share(capsys: pytest.CaptureFixture) -> None:
+    whole, split = (programs.train_step(programs.plan_stage(config()), make_mesh(8 // fsdp, fsdp)).given["parameters"] for fsdp in (1, 8))
+    leaves = [leaf for leaf in jax.tree.leaves(split) if not leaf.sharding.is_fully_replicated]
+    saved = sum(math.prod(leaf.shape) for leaf in leaves) * 4 * 7 // 8
+    assert programs.bytes_of(whole) - programs.bytes_of(split) == saved > 0
+
+
+def test_what_does_not_fit_is_said_and_mended(capsys: pytest.CaptureFixture) -> None:
+    """The smoke preset's update takes more than 16 MiB a device; in four micro-batches, or split, it takes less."""
+    cfg = config("configs/class_cond.py:smoke", "--config.train.batch_size=256")
+    program = programs.train_step(programs.plan_stage(cfg), make_mesh())
+    needs = plan.compile_plan(program, SMALL)
+    assert needs.total > SMALL.hbm_bytes and needs.fits is False and needs.exceeded == needs.total - SMALL.hbm_bytes
+    found = front_door.planned(cfg, jax.devices(), SMALL, "smoke", ["step"], 8)
+    said = capsys.readouterr().out
+    assert found["fits"] is False and "DOES NOT FIT" in said
+    advice = found["advice"]
+    assert advice is not None and advice["program"]["total"] <= SMALL.hbm_bytes and " ... fits" in said
+    assert set(advice["change"]) <= {"mesh.fsdp", "train.remat", "train.accumulation", "train.batch_size"}
+
+
+def test_a_state_too_large_alone_is_not_compiled() -> None:
+    chip = Chip("tiny", "", 1e12, 2**10, 1e10, 1e9, 1e8)
+    found = plan.compile_plan(programs.train_step(programs.plan_stage(config()), make_mesh()), chip)
+    assert found.fits is False and found.compile_seconds == 0 and "temporaries" not in found.memory
+
+
+def test_a_batch_that_does_not_split_is_planned_with_one_that_does(capsys: pytest.CaptureFixture) -> None:
+    changed, mesh, notes = front_door.fitted(config("configs/class_cond.py:smoke", "--config.train.batch_size=12"), jax.devices())
+    assert changed.train.batch_size == 16 and mesh.size == 8
+    assert len(notes) == 1 and "batch size 12 does not split over 8 chips" in notes[0] and "8 or 16" in notes[0]
+
+
+def test_recomputation_costs_operations_and_counts_not_for_mfu() -> None:
+    kept, anew = (
+        programs.train_step(programs.plan_stage(config("configs/class_cond.py:smoke", f"--config.train.remat={remat}")), make_mesh())
+        for remat in ("none", "blocks")
+    )
+    assert anew.flops == kept.flops == kept.computed < anew.computed < 1.5 * kept.flops
+
+
+def test_roofs() -> None:
+    roofs = plan.Roofs(compute=2.0, memory=3.0, ici=1.0, dcn=0.5)
+    assert roofs.step == 3.0 and roofs.bound == "memory"
+    made = plan.Plan("x", 2, 8, True, {}, 1, 2, 0, flops=3.0, computed=4.0, compile_seconds=0.0, roofs=roofs)
+    assert made.mfu_bound == pytest.approx(2 / 3 * 3 / 4)
+    assert made.to_json()["images_per_second"] == pytest.approx(8 / 3)
+
+
+def test_xla_words_for_too_little_memory() -> None:
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.98G of 15.75G hbm. Exceeded hbm capacity by 5.23G."
+    assert plan._exhausted(said) == (int(20.98 * 2**30), int(15.75 * 2**30))
+    assert plan._exhausted("INTERNAL: something else") == (None, None)
+
+
+@pytest.mark.slow
+def test_sweep_ranks_meshes(capsys: pytest.CaptureFixture) -> None:
+    chip = Chip("large", "", 1e12, 2**34, 1e10, 1e9, 1e8)
+    found = front_door.swept(config(), jax.devices(), chip, "smoke")
+    said = capsys.readouterr().out
+    assert found["fits"] and [each["fsdp"] for each in found["sweep"]][:2] == [1, 2]
+    assert f"best first: fsdp={min(found['sweep'], key=lambda e: (e['roofs']['step'], e['fsdp']))['fsdp']}" in said
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:0x4", "laptop", "v5e:4x4*0", "v5e:4x4x4x4"])
+def test_unknown_topologies(name: str) -> None:
+    with pytest.raises(UserError, match=r"--topology"):
+        open_topology(name)
+
+
+def test_local_devices() -> None:
+    devices, chip = open_topology("cpu")
+    assert len(devices) == 8 and chip is None
+    with pytest.raises(UserError, match="--topology gpu"):
+        open_topology("gpu")
+
+
+@pytest.mark.parametrize("spec", ["configs/txt2img.py:sd1", "configs/inpaint.py:smoke", "configs/txt2img.py:smoke"])
+def test_batches_without_data(spec: str) -> None:
+    """Captions of a frozen encoder come as embeddings, holes with their pictures."""
+    stage = programs.plan_stage(config(spec))
+    batch = programs._batch(stage)
+    rows = config(spec).train.batch_size
+    assert all(value.shape[0] == rows for value in batch.values())
+    if spec.endswith("sd1"):
+        assert batch["embeddings"].shape == (rows, 77, 768) and batch["moments"].shape == (rows, 64, 64, 8)
+    elif "inpaint" in spec:
+        assert batch["image"].dtype == np.uint8 and batch["hole"].dtype == bool and "mask" not in batch
+    else:
+        assert batch["tokens"].dtype == np.int32

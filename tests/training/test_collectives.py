@@ -1,0 +1,66 @@
+"""What crosses the network in an update: parameters once, gradients once, a few numbers, and no activation."""
+
+from collections import Counter
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import jax
+import pytest
+
+from ldm_jax.sharding import rules
+from ldm_jax.sharding.hlo import Collective, Program
+from ldm_jax.sharding.mesh import make_mesh
+from ldm_jax.training import programs
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@cache
+def update(kind: str, data: int, fsdp: int) -> tuple[list[Collective], Program, float, Any]:
+    """Collectives of an update with the discriminator, its program, XLA's count of bytes, and the abstract parameters."""
+    cfg = tiny.config()
+    with mock.patch.object(rules, "MIN_SPLIT_ELEMENTS", 128):
+        stage = tiny.diffusion_stage(cfg) if kind == "diffusion" else tiny.autoencoder_stage(cfg)
+        planned = programs.train_step(stage, make_mesh(data, fsdp))
+        compiled = planned.lower().compile()
+    program = Program(compiled.as_text())
+    return program.collectives(), program, compiled.cost_analysis()["bytes accessed"], planned.given["parameters"]
+
+
+def split_shapes(params: Any) -> Counter:
+    return Counter(tuple(leaf.shape) for leaf in jax.tree.leaves(params) if not leaf.sharding.is_fully_replicated)
+
+
+def shape_of(one: Collective) -> tuple[int, ...]:
+    return tuple(int(n) for n in one.shape[one.shape.index("[") + 1 : -1].split(","))
+
+
+def test_data_parallel_updates_only_sum() -> None:
+    found = update("diffusion", 8, 1)[0]
+    assert {one.kind for one in found} == {"all-reduce"} and len(found) <= 3
+    assert {one.groups.shape for one in found} == {(1, 8)}
+
+
+def test_split_parameters_are_gathered_once_and_nothing_else_is() -> None:
+    found, _, _, params = update("diffusion", 2, 4)
+    gathers = [one for one in found if one.kind == "all-gather"]
+    assert {one.groups.shape for one in gathers} == {(2, 4)}  # along fsdp alone
+    assert Counter(map(shape_of, gathers)) == split_shapes(params) and len(gathers) > 50
+    assert {one.kind for one in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+def test_the_autoencoder_gathers_parameters_alone() -> None:
+    found, _, _, params = update("autoencoder", 2, 4)
+    gathers = Counter(shape_of(one) for one in found if one.kind == "all-gather")
+    assert set(gathers) == set(split_shapes(params))
+    # The discriminator is applied twice, to pictures and to reconstructions.
+    assert all(number <= 2 * split_shapes(params)[shape] for shape, number in gathers.items())
+    assert {one.kind for one in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.parametrize(("kind", "data", "fsdp"), [("diffusion", 8, 1), ("diffusion", 2, 4), ("autoencoder", 2, 4)])
+def test_bytes_of_memory_agree_with_xla_where_nothing_loops(kind: str, data: int, fsdp: int) -> None:
+    _, program, counted, _ = update(kind, data, fsdp)
+    assert program.memory_bytes() == pytest.approx(counted, rel=0.1)
