@@ -39,15 +39,30 @@ run() { # a command; with DRY_RUN its text, and on standard output $pretended
     fi
 }
 
-# Waits for children, which SIGTERM, SIGINT and SIGUSR1 reach as SIGTERM, and returns what became of them together: 2 where one ended with
-# 2, else 75 where one did, else the first code that is not 0. $signalled is the last signal that came.
-# shellcheck disable=SC2034 # for the scripts
+# Processes in the background: `supervise` once, `spawn COMMAND...` for each, `await` for all of them. SIGTERM, SIGINT and SIGUSR1 to the script
+# reach them as SIGTERM, and $signalled is the last that came. `await` returns what became of them together: 2 where one ended with 2, else 75
+# where one did, else the first code that is not 0.
+children=()
 signalled=
+interrupted=
+forward() {
+    signalled=$1
+    interrupted=1
+    if [ ${#children[@]} -gt 0 ]; then kill -TERM "${children[@]}" 2>/dev/null || true; fi
+}
+supervise() {
+    trap 'forward TERM' TERM
+    trap 'forward INT' INT
+    trap 'forward USR1' USR1
+}
+spawn() {
+    if [ -n "${DRY_RUN:-}" ]; then set -- shown "$@"; fi
+    "$@" &
+    children+=($!)
+}
 await() {
-    local name pid code ended=0 interrupted
-    # shellcheck disable=SC2064 # the children of now
-    for name in TERM INT USR1; do trap "signalled=$name; interrupted=1; kill -TERM $* 2>/dev/null || true" "$name"; done
-    for pid in "$@"; do
+    local pid code ended=0
+    for pid in "${children[@]}"; do
         while :; do
             interrupted=
             code=0
@@ -60,7 +75,7 @@ await() {
             75,*) ended=75 ;;
         esac
     done
-    trap - TERM INT USR1
+    children=()
     return "$ended"
 }
 
@@ -100,5 +115,7 @@ again() {
     if [ "$pause" -gt 600 ]; then pause=600; fi
     fruitless=$((fruitless + 1))
     note "exit code $1; starts again in $pause s (restart $fruitless of $limit without a new checkpoint)"
-    sleep "$pause"
+    sleep "$pause" &
+    wait $! || true # which signals end
+    [ -z "$signalled" ]
 }

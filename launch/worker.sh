@@ -66,9 +66,10 @@ case ${1:-} in
     job) # the process that `start` leaves behind
         job=$2
         shift 2
-        "$@" &
+        supervise
+        spawn "$@"
         code=0
-        await $! || code=$?
+        await || code=$?
         echo $code >"$job/code.new"
         mv "$job/code.new" "$job/code"
         ;;
