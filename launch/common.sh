@@ -57,8 +57,12 @@ supervise() {
 }
 spawn() {
     if [ -n "${DRY_RUN:-}" ]; then set -- shown "$@"; fi
+    background "$@"
+}
+background() {
     "$@" &
     children+=($!)
+    if [ -n "$signalled" ]; then kill -TERM $! 2>/dev/null || true; fi # it came before the child was known
 }
 await() {
     local pid code ended=0

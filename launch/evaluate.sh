@@ -81,8 +81,7 @@ failure='mkdir -p "$1/reports" && echo "$2" >> "$1/reports/failed.txt"'
 
 supervise
 waiting() { # a command and its arguments; a signal goes to it, and ends the script after it
-    "$@" &
-    children=($!)
+    background "$@"
     local code=0
     await || code=$?
     [ -z "$signalled" ] || exit 143

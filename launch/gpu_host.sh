@@ -24,7 +24,8 @@ attempt() {
         spawn "$@"
     else
         for ((i = 0; i < processes; i++)); do
-            spawn env "CUDA_VISIBLE_DEVICES=${devices[i]}" "$@" --coordinator "localhost:${PORT:-12321}" --num-processes "$processes" --process-id "$i"
+            spawn env "CUDA_VISIBLE_DEVICES=${devices[i]}" "$@" \
+                --coordinator "localhost:${PORT:-12321}" --num-processes "$processes" --process-id "$i"
         done
     fi
     await

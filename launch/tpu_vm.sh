@@ -112,7 +112,8 @@ up() { # the slice is there and ready, a new one where the old one was taken awa
 }
 
 ssh_to() { # a worker, or all, and a command; a connection that is dead is noticed
-    run gcloud compute tpus tpu-vm ssh "${where[@]}" "--worker=$1" --ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30 "--command=$2"
+    run gcloud compute tpus tpu-vm ssh "${where[@]}" "--worker=$1" --quiet --ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30 \
+        "--command=$2" </dev/null
 }
 
 on() { # a worker, or all, and what launch/worker.sh is to do there
@@ -140,22 +141,23 @@ files() { # of this checkout: what is tracked, and what is new and not ignored
 
 install() {
     local place
-    place=$(printf %q "$repository")
+    place=$(shown "$repository")
     if [ -n "${GIT:-}" ]; then
         insist ssh_to all "test -d $place || git clone --quiet $(shown "$GIT" "$repository"); cd $place && git fetch --quiet $(shown "$GIT" \
             "${REF:-HEAD}") && git checkout --quiet --force FETCH_HEAD" || return
     else
-        files >"$scratch/files"
+        files >"$scratch/files" || fail "$root is no git checkout: give GIT=URL"
         run tar -C "$root" --null -czf "$scratch/ldm_jax.tar.gz" -T "$scratch/files" || return
-        insist run gcloud compute tpus tpu-vm scp "$scratch/ldm_jax.tar.gz" "$TPU:ldm_jax.tar.gz" "${where[@]:1}" --worker=all || return
+        insist run gcloud compute tpus tpu-vm scp "$scratch/ldm_jax.tar.gz" "$TPU:ldm_jax.tar.gz" "${where[@]:1}" --worker=all --quiet || return
         insist ssh_to all "mkdir -p $place && tar -xzf ldm_jax.tar.gz -C $place" || return
     fi
     insist on all install
 }
 
 attach() { # sets $id to that of the job, which runs already or is started now
-    local said name given=()
-    said=$(pretended=none ssh_to 0 "test ! -e $(printf %q "$repository")/launch/worker.sh || $(printf %q "$repository")/launch/worker.sh status") || said=
+    local said name given=() there
+    there=$(shown "$repository/launch/worker.sh")
+    said=$(pretended=none ssh_to 0 "test ! -e $there || $there status") || said=
     if [ "${said%% *}" = running ]; then
         [ "$(on 0 command)" = "$(shown "$@")" ] || fail "another job runs on $TPU: $(on 0 command)"
         id=${said#* }

@@ -59,7 +59,7 @@ case ${1:-} in
         mkdir "$job" 2>/dev/null || exit 0
         if [ -e "$last" ]; then end "$last" "${GRACE:-180}"; fi
         shown "$@" >"$job/command"
-        PATH=$PWD/.venv/bin:$PATH setsid nohup "$script" job "$job" "$@" >"$job/log" 2>&1 </dev/null &
+        PATH=$PWD/.venv/bin:$PATH setsid nohup "$script" job "$job" "$@" >"$job/log" 2>&1 </dev/null 3>&- &
         echo $! >"$job/pid"
         ln -sfn "$job" "$last"
         ;;

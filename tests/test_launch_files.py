@@ -48,7 +48,7 @@ def test_the_dockerfile() -> None:
     copies = [rest.split() for word, rest in found if word == "COPY"]
     source = words.index("COPY", words.index("COPY") + 1)
     install = next(i for i, (word, rest) in enumerate(found) if "pip install" in rest)
-    assert copies[0] == ["requirements.txt", "./"] and words.index("COPY") < install < source, "a change of the source installs nothing anew"
+    assert copies[0] == ["requirements.txt", "./"] and words.index("COPY") < install < source  # a new source installs nothing anew
     assert {name for name, _ in copies[1:]} == {"configs", "ldm_jax"} and all((ROOT / name).exists() for name, _ in copies)
     user = next(rest for word, rest in found if word == "USER")
     assert user not in ("0", "root") and words.index("USER") > source

@@ -14,7 +14,8 @@ COMMAND = ("python", "-m", "ldm_jax.train", "--config", 'a "quoted" & name', "--
 
 @pytest.fixture
 def cloud(tmp_path: Path) -> Cloud:
-    return Cloud(tmp_path / "cloud", {"kubectl": 'cat > "$CLOUD/applied"\nif [ -e "$CLOUD/error" ]; then cat "$CLOUD/error" >&2; exit 1; fi\n'})
+    refused = 'if [ -e "$CLOUD/error" ]; then cat "$CLOUD/error" >&2; exit 1; fi\n'
+    return Cloud(tmp_path / "cloud", {"kubectl": f'cat > "$CLOUD/applied"\n{refused}'})
 
 
 def applied(cloud: Cloud, **env: str) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def action(jobset: dict[str, Any], code: int | None) -> str:
     for index, rule in enumerate(job_of(jobset)["podFailurePolicy"]["rules"]):
         codes = rule.get("onExitCodes", {}).get("values", [])
         if code in codes or (code is None and "onPodConditions" in rule):
-            what = f"Container main for pod default/run-host-0-0-x failed with exit code {code}" if code is not None else "Pod has condition"
+            what = "Pod has condition" if code is None else f"Container main for pod default/run-host-0-0-x failed with exit code {code}"
             reason, message = "PodFailurePolicy", f"{what} matching {rule['action']} rule at index {index}"
             break
     for rule in jobset["spec"]["failurePolicy"]["rules"]:
@@ -90,7 +91,8 @@ def test_hosts_with_gpus_join_the_first(cloud: Cloud) -> None:
     (main,) = pod["containers"]
     assert job["parallelism"] == 4 and not jobset["metadata"]["annotations"] and pod["serviceAccountName"] == "trainer"
     assert main["resources"]["limits"] == {"nvidia.com/gpu": 8} and main["securityContext"]["runAsUser"] == 1000
-    assert main["args"][len(COMMAND) :] == ["--coordinator", "run-host-0-0.run:12321", "--num-processes", "4", "--process-id", "$(PROCESS_ID)"]
+    joined = ["--coordinator", "run-host-0-0.run:12321", "--num-processes", "4", "--process-id", "$(PROCESS_ID)"]
+    assert main["args"] == [*COMMAND, *joined]
     index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
     assert {"name": "PROCESS_ID", "valueFrom": index} in main["env"]
 

@@ -66,7 +66,8 @@ def test_a_signal_while_waiting_ends_the_wait(cloud: Cloud) -> None:
 
 
 def test_several_processes_join_and_end_together(cloud: Cloud) -> None:
-    cloud.script("bin/job", '#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES $*" >> "$CLOUD/started"\ncase $* in *"-id 1") exit 75 ;; *) exit 1 ;; esac\n')
+    ends = 'case $* in *"-id 1") exit 75 ;; *) exit 1 ;; esac\n'
+    cloud.script("bin/job", f'#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES $*" >> "$CLOUD/started"\n{ends}')
     done = cloud.run("gpu_host.sh", "job", "--a b", PROCESSES="2", CUDA_VISIBLE_DEVICES="4,6,7", RESTARTS="0")
     assert done.returncode == 75
     joined = "--a b --coordinator localhost:12321 --num-processes 2 --process-id"

@@ -81,8 +81,8 @@ def test_a_warning_reaches_all_processes_and_requeues_but_scancel_does_not(cloud
 
 
 def test_containers(cloud: Cloud) -> None:
-    shown = cloud.run("slurm.sbatch", "job", "-m", DRY_RUN="1", CONTAINER="x.sif", MOUNTS="/data:/data").stdout.split()
-    assert shown == ["srun", "--kill-on-bad-exit=1", "apptainer", "exec", "--nv", "--pwd", str(ROOT), "--bind", f"{ROOT},/data:/data", "x.sif", "job", "-m"]
+    shown = cloud.run("slurm.sbatch", "job", "-m", DRY_RUN="1", CONTAINER="x.sif", MOUNTS="/data:/data").stdout
+    assert shown == f"srun --kill-on-bad-exit=1 apptainer exec --nv --pwd {ROOT} --bind {ROOT},/data:/data x.sif job -m\n"
     shown = cloud.run("slurm.sbatch", "job", DRY_RUN="1", CONTAINER="registry#ldm_jax:cuda").stdout
     assert "--container-image=registry#ldm_jax:cuda" in shown and f"--container-mounts={ROOT}:{ROOT} job" in shown
     assert cloud.calls() == []
