@@ -157,10 +157,13 @@ install() {
 attach() { # sets $id to that of the job, which runs already or is started now
     local said name given=() there
     there=$(shown "$repository/launch/worker.sh")
-    said=$(pretended=none ssh_to 0 "test ! -e $there || $there status") || said=
+    said=$(pretended=none insist ssh_to 0 "test ! -e $there || $there status") || return # a job may run, which `start` would end
+    said=${said##*$'\n'}
     if [ "${said%% *}" = running ]; then
-        [ "$(on 0 command)" = "$(shown "$@")" ] || fail "another job runs on $TPU: $(on 0 command)"
         id=${said#* }
+        said=$(insist on 0 command) || return
+        said=${said##*$'\n'}
+        [ "$said" = "$(shown "$@")" ] || fail "another job runs on $TPU: $said"
         note "attached to job $id, which runs already"
         return
     fi

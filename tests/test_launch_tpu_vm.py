@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import Cloud, interrupt, until
+from tests.launching import ROOT, Cloud, interrupt, until
 
 GCLOUD = r"""
 product=$3 verb=$4
@@ -168,6 +168,12 @@ def test_faults_are_tried_again_as_long_as_there_are_new_checkpoints(cloud: Clou
     assert done.returncode == 0 and cloud.lines("started").count("0") == 4
 
 
+def test_a_repository_is_cloned_where_it_is_asked_for(cloud: Cloud) -> None:
+    done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, "exit 0"), GIT=str(ROOT), REPOSITORY="the repository")
+    assert done.returncode == 0 and verbs(cloud) == ["create"], done.stderr
+    assert (cloud.path / "workers" / "2" / "the repository" / "launch" / "worker.sh").exists()
+
+
 @pytest.mark.parametrize("during", ["start", "status", "install"])
 def test_a_dropped_connection_starts_nothing_twice(cloud: Cloud, during: str) -> None:
     (cloud.path / "drop").write_text(during)
@@ -188,6 +194,7 @@ def test_ctrl_c_leaves_the_job_alone_and_the_same_command_attaches(cloud: Cloud)
     other = cloud.run("tpu_vm.sh", "run", "job", "--workdir", "gs://bucket/other", **env)
     assert other.returncode == 2 and "another job runs on pod: job --workdir gs://bucket/run" in other.stderr
     looks = len(looks_at_all(cloud))
+    (cloud.path / "drop").write_text("status")  # the first look fails, and must not be taken for a slice without a job
     again = cloud.start("tpu_vm.sh", *RUN, **env)
     until(lambda: len(looks_at_all(cloud)) > looks)
     (cloud.path / "go").touch()
