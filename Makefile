@@ -28,6 +28,7 @@ test-peers: $(VENV)/.peers
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/*.sbatch
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 # Evaluates every checkpoint of a run once, while it trains or afterwards: on one machine, as a Slurm job, or on a TPU slice.
 #
 #   launch/evaluate.sh RUN [flags of `python -m ldm_jax.evaluate`, such as --num 5000 --reference statistics.npz]
-#   sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 launch/evaluate.sh RUN ...
+#   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 launch/evaluate.sh RUN ...     # a process a GPU
 #   TPU=name ZONE=zone [PROJECT=project] [REPOSITORY=ldm_jax] launch/evaluate.sh RUN ...
 #
 # Reports go to RUN/reports/STEP, and RUN/reports/model for the finished model. The job looks for new checkpoints every INTERVAL seconds (300)
@@ -10,43 +10,47 @@
 # before (checkpoint.keep) are missed; of an autoencoder's run the finished model alone is evaluated. A job that was killed goes on where it
 # was when it is started again. What fails is tried again at the next look, three times in all (RUN/reports/failed.txt); exit code 1 says
 # that something has no report. Give --reference statistics.npz (--write-reference), or the data are measured anew for each checkpoint.
-# All machines see RUN, and have the repository, with its .venv or PYTHON, at the same place; LDM_* and PYTHON go to them.
+# All machines see RUN, and have the repository, with its .venv or PYTHON, at the same place; LDM_* and PYTHON go to them. DRY_RUN=1 prints each
+# command for a run of which the finished model is to be evaluated, and runs none.
 set -euo pipefail
-
-if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
-    sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//' >&2
-    exit 2
-fi
+root=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}
+# shellcheck source=launch/common.sh
+. "$root/launch/common.sh"
+if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then usage; fi
 run=$1
 shift
 if [ -z "${TPU:-}" ] && [ "${run#/}" = "$run" ]; then run=$PWD/$run; fi
-unset CDPATH
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+cd "$root"
 
 # on_one: a shell script and its arguments, on one machine that sees the run; on_all: the same on every machine of the job, at once, in the
 # place of the shell that it is called in.
+become() {
+    if [ -z "${DRY_RUN:-}" ]; then exec "$@"; fi
+    run "$@"
+}
 if [ -n "${TPU:-}" ]; then
     coordinator=(--coordinator auto)
     remote() {
         local worker=$1 name given=
         shift
         for name in PYTHON ${!LDM_@}; do given+=$(printf '%s=%q ' "$name" "${!name:-}"); done
-        ${in_place:-} gcloud compute tpus tpu-vm ssh "$TPU" --zone="${ZONE:?give ZONE}" ${PROJECT:+--project="$PROJECT"} --worker="$worker" \
+        "${in_place:-run}" gcloud compute tpus tpu-vm ssh "$TPU" --zone="${ZONE:?give ZONE}" ${PROJECT:+--project="$PROJECT"} --worker="$worker" \
             --command="cd $(printf %q "${REPOSITORY:-ldm_jax}") && $given $(printf '%q ' bash -c "$@")"
     }
     on_one() { remote 0 "$@"; }
-    on_all() { in_place=exec remote all "$@"; }
+    on_all() { in_place='become' remote all "$@"; }
 elif [ -n "${SLURM_JOB_ID:-}" ]; then
     coordinator=()
-    on_one() { bash -c "$@"; }
-    on_all() { exec srun --kill-on-bad-exit=1 bash -c "$@"; }
+    on_one() { run bash -c "$@"; }
+    on_all() { become srun --kill-on-bad-exit=1 bash -c "$@"; }
 else
     coordinator=()
-    on_one() { bash -c "$@"; }
-    on_all() { exec bash -c "$@"; }
+    on_one() { run bash -c "$@"; }
+    on_all() { become bash -c "$@"; }
 fi
 
 # What there is: "finished" where the run is; "todo NAME" without a report, the oldest first; "failed NAME" that has failed three times.
+# shellcheck disable=SC2016 # they are for the shell there
 look='
 cd "$1" || exit 2
 names=
@@ -66,31 +70,26 @@ for name in $names; do
 done
 exit 0'
 
+# shellcheck disable=SC2016
 evaluate='
 python=${PYTHON:-python}
 if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 exec "$python" -m ldm_jax.evaluate "$@"'
 
-note='mkdir -p "$1/reports" && echo "$2" >> "$1/reports/failed.txt"'
+# shellcheck disable=SC2016
+failure='mkdir -p "$1/reports" && echo "$2" >> "$1/reports/failed.txt"'
 
-# The signal to stop goes to what is running, and the script waits for its end.
-child=
-stop() {
-    if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; wait "$child" 2>/dev/null || true; fi
-    exit 143
-}
-trap stop TERM INT
-waiting() { # a command and its arguments, as a child that signals interrupt
-    "$@" &
-    child=$!
+supervise
+waiting() { # a command and its arguments; a signal goes to it, and ends the script after it
+    background "$@"
     local code=0
-    wait "$child" || code=$?
-    child=
-    return $code
+    await || code=$?
+    [ -z "$signalled" ] || exit 143
+    return "$code"
 }
 
 while :; do
-    mapfile -t lines < <(on_one "$look" look "$run" || echo unseen)
+    mapfile -t lines < <(pretended=$'finished\ntodo model' on_one "$look" look "$run" || echo unseen)
     if [ "${lines[*]: -1}" = unseen ]; then
         echo "error: $run cannot be looked at" >&2
         exit 2
@@ -110,10 +109,10 @@ while :; do
         code=0
         waiting on_all "$evaluate" evaluate --model "$run" --output "$run/reports/$name" "${which[@]}" "${coordinator[@]}" "$@" </dev/null ||
             code=$?
-        [ $code -eq 0 ] && continue
+        [ "$code" -eq 0 ] && continue
         failed=again
         echo "$name failed with exit code $code" >&2
-        on_one "$note" note "$run" "$name failed with exit code $code" </dev/null
+        on_one "$failure" failure "$run" "$name failed with exit code $code" </dev/null
     done
     if [ -n "${ONCE:-}" ] || { [ -n "$finished" ] && [ "$failed" != again ]; }; then
         break

@@ -126,6 +126,16 @@ def test_the_signal_to_stop_reaches_what_is_running(tmp_path: Path) -> None:
     assert job.wait(20) == 143 and (tmp_path / "python.stopped").exists()
 
 
+@pytest.mark.parametrize(
+    "place", [{}, {"TPU": "pod", "ZONE": "zone"}, {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT)}], ids=["here", "tpu", "slurm"]
+)
+def test_a_dry_run_prints_every_command_and_calls_nothing(tmp_path: Path, place: dict[str, str]) -> None:
+    done = evaluate(tmp_path / "run", tmp_path, PYTHON="/bin/false", DRY_RUN="1", **place)
+    assert done.returncode == 0 and not (tmp_path / "calls").exists() and not (tmp_path / "run").exists()
+    commands = [line for line in done.stdout.splitlines() if line.startswith(("bash ", "gcloud ", "srun "))]
+    assert len(commands) == 2 and f"--output {tmp_path}/run/reports/model" in commands[1]
+
+
 def test_no_run_and_no_argument_are_refused(tmp_path: Path) -> None:
     assert "cannot be looked at" in evaluate(tmp_path / "nowhere", tmp_path).stderr
     help_ = subprocess.run([ROOT / "launch" / "evaluate.sh"], capture_output=True, text=True, check=False)

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Runs a job on this machine with its GPUs until it is finished, and starts it again where it ended early.
+#
+#   launch/gpu_host.sh python -m ldm_jax.train --config configs/txt2img.py:sd1 --workdir runs/sd1
+#   nohup launch/gpu_host.sh ... > sd1.log 2>&1 &        # goes on after logging out
+#
+# One process drives all GPUs that it sees (CUDA_VISIBLE_DEVICES chooses). PROCESSES=8 starts one for each of the first eight of them instead,
+# which join at PORT (12321): more processes read and decode data. SIGTERM or Ctrl-C reach the job, which writes a checkpoint and ends with 75;
+# it is not started again then. Exit codes and restarts, DRY_RUN=1: launch/common.sh.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "$0")/common.sh"
+[ $# -gt 0 ] || usage
+processes=${PROCESSES:-1}
+PATH=$(dirname "$(dirname "$script")")/.venv/bin:$PATH
+workdir=$(workdir_of "$@")
+
+IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((processes - 1)))}"
+if [ "${#devices[@]}" -lt "$processes" ]; then fail "PROCESSES=$processes, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has ${#devices[@]}"; fi
+
+attempt() {
+    local i
+    if [ "$processes" -eq 1 ]; then
+        spawn "$@"
+    else
+        for ((i = 0; i < processes; i++)); do
+            spawn env "CUDA_VISIBLE_DEVICES=${devices[i]}" "$@" \
+                --coordinator "localhost:${PORT:-12321}" --num-processes "$processes" --process-id "$i"
+        done
+    fi
+    await
+}
+
+supervise
+before=$(progress "$workdir")
+while :; do
+    code=0
+    attempt "$@" || code=$?
+    if [ -n "$signalled" ]; then exit "$code"; fi
+    again "$code" "$(progress "$workdir")" || exit "$code"
+done

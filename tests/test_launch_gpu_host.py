@@ -1,0 +1,92 @@
+"""launch/gpu_host.sh: restarts by exit code, and signals that reach the job."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.launching import Cloud, until
+
+JOB = '#!/bin/bash\necho "$*" >> "$CLOUD/started"\nattempt=$(wc -l < "$CLOUD/started")\n'
+STOPS = JOB.replace("\n", '\ntrap "echo stopped >> $CLOUD/stopped; exit 75" TERM\n', 1) + "while :; do sleep 0.02; done\n"
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Cloud:
+    return Cloud(tmp_path / "cloud", {})
+
+
+@pytest.mark.parametrize(("codes", "starts", "end"), [((75, 75, 0), 3, 0), ((2,), 1, 2), ((75, 1, 0), 3, 0), ((1, 139, 75, 3), 4, 3)])
+def test_what_is_started_again(cloud: Cloud, codes: tuple[int, ...], starts: int, end: int) -> None:
+    cloud.script("bin/job", JOB + f"codes=({' '.join(map(str, codes))})\nexit ${{codes[attempt - 1]:-{codes[-1]}}}\n")
+    done = cloud.run("gpu_host.sh", "job", "--workdir", str(cloud.path / "run"))
+    assert done.returncode == end and len(cloud.lines("started")) == starts, done.stderr
+
+
+def test_a_stop_without_progress_is_not_repeated_for_ever(cloud: Cloud) -> None:
+    cloud.script("bin/job", JOB + "exit 75\n")
+    done = cloud.run("gpu_host.sh", "job", RESTARTS="4")
+    assert done.returncode == 75 and len(cloud.lines("started")) == 5
+    assert "exit code 75 after 4 restarts without a new checkpoint: given up" in done.stderr
+
+
+def test_checkpoints_of_a_bucket_are_progress(cloud: Cloud) -> None:
+    cloud.script("bin/gcloud", '#!/bin/bash\necho "$3:"; cat "$CLOUD/bucket"\n')
+    cloud.script("bin/job", JOB + 'echo "gs://bucket/run/checkpoints/$attempt/" >> "$CLOUD/bucket"\n[ $attempt = 5 ] || exit 1\n')
+    done = cloud.run("gpu_host.sh", "job", "--workdir=gs://bucket/run", RETRIES="1")
+    assert done.returncode == 0 and len(cloud.lines("started")) == 5, done.stderr
+
+
+def test_waits_grow_and_are_set_back_by_a_new_checkpoint(cloud: Cloud) -> None:
+    cloud.script("bin/sleep", '#!/bin/bash\necho "$1" >> "$CLOUD/slept"\n')
+    steps = 'if [ $attempt = 4 ]; then mkdir -p "$CLOUD/run/checkpoints/8"; fi\nexit 1\n'
+    cloud.script("bin/job", JOB + steps)
+    cloud.run("gpu_host.sh", "job", "--workdir", str(cloud.path / "run"), WAIT="100", RETRIES="4")
+    assert [int(seconds) for seconds in cloud.lines("slept")] == [100, 200, 400, 100, 200, 400, 600]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_job_and_nothing_is_started_again(cloud: Cloud, number: signal.Signals) -> None:
+    cloud.script("bin/job", STOPS)
+    job = cloud.start("gpu_host.sh", "job")
+    until(lambda: cloud.lines("started"))
+    job.send_signal(number)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 75 and cloud.lines("stopped") == ["stopped"] and len(cloud.lines("started")) == 1, said
+
+
+def test_a_signal_while_waiting_ends_the_wait(cloud: Cloud) -> None:
+    cloud.script("bin/job", JOB + "exit 9\n")
+    cloud.script("bin/sleep", '#!/bin/bash\ntouch "$CLOUD/waits"\nexec /bin/sleep 30\n')
+    job = cloud.start("gpu_host.sh", "job")
+    until((cloud.path / "waits").exists)
+    job.terminate()
+    until(lambda: job.poll() is not None, 10)
+    assert job.returncode == 9 and len(cloud.lines("started")) == 1
+
+
+def test_several_processes_join_and_end_together(cloud: Cloud) -> None:
+    ends = 'case $* in *"-id 1") exit 75 ;; *) exit 1 ;; esac\n'
+    cloud.script("bin/job", f'#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES $*" >> "$CLOUD/started"\n{ends}')
+    done = cloud.run("gpu_host.sh", "job", "--a b", PROCESSES="2", CUDA_VISIBLE_DEVICES="4,6,7", RESTARTS="0")
+    assert done.returncode == 75
+    joined = "--a b --coordinator localhost:12321 --num-processes 2 --process-id"
+    assert sorted(cloud.lines("started")) == [f"4 {joined} 0", f"6 {joined} 1"]
+    few = cloud.run("gpu_host.sh", "job", PROCESSES="2", CUDA_VISIBLE_DEVICES="4")
+    assert few.returncode == 2 and "CUDA_VISIBLE_DEVICES=4 has 1" in few.stderr
+
+
+def test_a_signal_reaches_every_process(cloud: Cloud) -> None:
+    cloud.script("bin/job", STOPS)
+    job = cloud.start("gpu_host.sh", "job", PROCESSES="3")
+    until(lambda: len(cloud.lines("started")) == 3)
+    job.terminate()
+    job.communicate(timeout=60)
+    assert job.returncode == 75 and cloud.lines("stopped") == ["stopped"] * 3
+
+
+def test_a_dry_run_prints_every_command_and_calls_nothing(cloud: Cloud) -> None:
+    cloud.script("bin/job", JOB)
+    done = cloud.run("gpu_host.sh", "job", "it's", "--workdir", "gs://bucket/run", DRY_RUN="1")
+    assert done.returncode == 0 and not cloud.lines("started") and cloud.calls() == []
+    assert "job 'it'\\''s' --workdir gs://bucket/run" in done.stdout.splitlines()
