@@ -1,4 +1,4 @@
-# make txt2img | test | test-slow | test-peers | lint, each in a virtual environment that it makes itself.
+# make txt2img | test | test-slow | test-peers | test-tpu | lint, each in a virtual environment that it makes itself.
 PYTHON ?= python3
 ACCELERATOR ?= cpu
 WORKDIR ?= runs/txt2img
@@ -11,19 +11,24 @@ EXTRA_cuda := jax[cuda13]
 EXTRA_tpu := jax[tpu]
 EXTRA_cpu := jax
 
-.PHONY: txt2img test test-slow test-peers lint clean
+.PHONY: txt2img test test-slow test-peers test-tpu lint clean
 
 txt2img: $(VENV)/.$(ACCELERATOR)
 	$(BIN)/python -m ldm_jax.train --config configs/txt2img.py --workdir $(WORKDIR)
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not peers"
+	$(PYTEST) -m "not slow and not peers and not tpu"
 
 test-slow: $(VENV)/.dev
-	$(PYTEST) -m "slow and not peers"
+	$(PYTEST) -m "slow and not peers and not tpu"
 
 test-peers: $(VENV)/.peers
 	$(PYTEST) -m peers
+
+# Programs for TPUs are compiled, on any machine; libtpu is large, and one process at a time may load it.
+test-tpu: $(VENV)/.dev
+	$(BIN)/pip install --quiet "jax[tpu]"
+	$(BIN)/python -m pytest -m tpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -144,7 +144,7 @@ def advised(config: "ConfigDict", devices: Sequence[Any], chip: "Chip | None", p
         print(f"  with {words} ...", end=" ", flush=True)
         tried = compile_plan(program, chip)
         if tried.fits:
-            print(f"fits: {gib(tried.total)} of {gib(tried.capacity)} GiB", flush=True)
+            print(f"fits:\n{described(tried)}", flush=True)
             return {"change": change, "program": tried.to_json()}
         print(f"{gib(tried.exceeded)} GiB too much", flush=True)
     print("  no change was found that fits; --advise N tries more", flush=True)
