@@ -148,8 +148,8 @@ def _tokens(found: "Survey", config: "ConfigDict") -> list[str]:
 
 def _broken(found: "Survey", source: Any, output: Path) -> list[str]:
     """Lines about the broken files, and the file that names all of them."""
-    from ldm_jax.config import write_bytes
     from ldm_jax.data.reliable import broken_line
+    from ldm_jax.paths import write_bytes
 
     lines = [f"damaged shard: {shard}: {damage}" for shard, damage in getattr(source, "damaged", {}).items()]
     rows = [broken_line(index, source.name(index), error) for index, error in found.broken]

@@ -110,6 +110,7 @@ def base() -> ConfigDict:
                 "counts": (1, 2, 3),  # shapes: objects a scene, equally likely; repeat a number to weigh it
                 "cache": True,  # encode once; False encodes in every step
                 "latents": "",  # where the latent cache lies, to share it between runs; default: in the work directory
+                "copies": "",  # where a machine copies latents that lie on gs:// to; default: ldm_jax/latents in the user's cache
                 "workers": 2,  # reading threads
             },
             "first_stage": first_stage(),

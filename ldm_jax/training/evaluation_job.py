@@ -23,6 +23,7 @@ from ldm_jax.evaluation.pictures import Pictures, open_pictures
 from ldm_jax.evaluation.protocol import CENTRAL, CROP
 from ldm_jax.latent_diffusion import LatentDiffusion, load_model
 from ldm_jax.model_directory import find_model
+from ldm_jax.paths import make_directory, resolve
 from ldm_jax.training.inputs import open_pictures_alone, open_source, scenes
 
 NUMBER = 50_000  # samples, as published numbers have
@@ -125,7 +126,7 @@ class Evaluation:
         self.load = load
         self.args, self.tools, self.prompts, self.sweep, self.command = args, tools, prompts, sweep, command
         self.overrides = overrides
-        self.output = Path(args.output)
+        self.output = resolve(args.output)
         self.config = configuration(args, overrides)
         self.options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
         if args.guidance:
@@ -137,10 +138,7 @@ class Evaluation:
 
     def run(self, output: Path) -> list[str]:
         """Does the job and writes the report; returns it for the screen."""
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create {output}: {error.strerror or error}; choose another --output") from error
+        make_directory(output)
         found = self._samples() if self.args.samples else self._first_stage() if self._of_first_stage else self._drawn()
         if jax.process_index() == 0:
             written = report.make(
@@ -172,7 +170,7 @@ class Evaluation:
             shown["captions"] = list(captions[: len(shown["samples"])])
         if outcome.neighbors:
             shown["neighbors"] = outcome.neighbors
-        run = Path(self.args.model) if self.args.model else None
+        run = resolve(self.args.model) if self.args.model else None
         return SimpleNamespace(
             title=title,
             described={
