@@ -29,7 +29,7 @@ from etils import epath
 from ldm_jax.errors import UserError
 
 Anywhere = str | os.PathLike[str]
-_CLIENTS = ("gcsfs", "google", "aiohttp", "requests")  # packages whose errors are the storage's
+_CLIENTS, _CONNECTIONS = ("gcsfs", "google"), ("aiohttp", "requests")  # packages whose errors are the storage's, and the network's
 
 
 def is_remote(path: Anywhere) -> bool:
@@ -81,13 +81,26 @@ def storage() -> Any:
 
 @contextmanager
 def reported(what: str, path: Anywhere) -> Iterator[None]:
-    """Turns what the disk or the storage refuses into a UserError: cannot `what` `path`."""
+    """Turns what the disk or the storage refuses into a UserError: cannot `what` `path`.
+
+    What passes, such as a broken connection that gcsfs has tried again in vain, stays as it is: a fault, and no wrong input.
+    """
     try:
         yield
     except Exception as error:  # gcsfs has no class of its errors: they are plain ones, and those of the packages below it
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _CLIENTS:
+        package = type(error).__module__.partition(".")[0]
+        if not (isinstance(error, OSError) or package in _CLIENTS) or package in _CONNECTIONS or _passes(error):
             raise
         raise UserError(f"cannot {what} {path}: {_reason(error, path)}") from error
+
+
+def _passes(error: Exception) -> bool:
+    code = getattr(error, "code", None)  # of HTTP
+    return (
+        isinstance(error, TimeoutError)
+        or getattr(error, "retryable", False)
+        or (isinstance(code, int) and (code in (408, 429) or code >= 500))
+    )
 
 
 def _reason(error: Exception, path: Anywhere) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,14 @@ class _Answer(Exception):
         self.status = status
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients go away, or are killed
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     storage: Storage
@@ -77,8 +86,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _handle(self) -> None:
-        length = self.headers.get("Content-Length")
-        body = self.rfile.read(int(length)) if length else self._chunks() if self.headers.get("Transfer-Encoding") else b""
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self._chunks() if self.headers.get("Transfer-Encoding") else self.rfile.read(length)
+        if len(body) < length:  # the client was killed: nothing of it counts
+            raise ConnectionError
         self._respond(*self._result(self.command, self.path, self.headers, body))
 
     do_GET = do_POST = do_PUT = do_DELETE = _handle
@@ -94,11 +105,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _chunks(self) -> bytes:
         found = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            found += self.rfile.read(size)
+        while line := self.rfile.readline():
+            found += self.rfile.read(int(line.split(b";")[0], 16))
             self.rfile.readline()
-        self.rfile.readline()
-        return found
+            if line.strip() == b"0":
+                return found
+        raise ConnectionError
 
     def _respond(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response(status)
@@ -108,10 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if status not in (204, 304):
-            try:
-                self.wfile.write(body)
-            except ConnectionError:
-                self.close_connection = True  # the client has gone away
+            self.wfile.write(body)
 
     def _route(self, method: str, target: str, headers: Any, body: bytes) -> tuple[int, dict[str, str], bytes]:
         parts = urlsplit(target)
@@ -159,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _check(self, bucket: str, name: str, query: dict[str, str], otherwise: int = 412) -> None:
         generation = self.storage.buckets[bucket].get(name, (b"", 0))[1]
         if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != generation:
-            raise _Answer(otherwise if otherwise == 412 else 412, "At least one of the pre-conditions you specified did not hold.")
+            raise _Answer(412, "At least one of the pre-conditions you specified did not hold.")
         if "ifGenerationNotMatch" in query and int(query["ifGenerationNotMatch"]) == generation:
             raise _Answer(otherwise, "At least one of the pre-conditions you specified did not hold.")
 
@@ -283,8 +292,7 @@ def _parts(content_type: str, body: bytes) -> tuple[Message, bytes]:
 def serving(*buckets: str) -> Iterator[Storage]:
     """A server with those buckets, in a thread of this process."""
     storage = Storage({name: {} for name in buckets})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"storage": storage}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"storage": storage}))
     storage.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

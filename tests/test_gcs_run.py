@@ -1,4 +1,4 @@
-"""A run of the `smoke` preset on object storage, killed and started again, ends with the bytes of one on a local disk, and is read from there."""
+"""A run of the `smoke` preset on object storage, killed and started again, ends with the bytes of one on a disk, and is read from there."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ import ldm_jax
 from tests.fake_gcs import Storage, serving_here
 from tests.test_resume import ROOT, STEPS, checkpoint, finish, kill_at, losses
 
-EVALUATED = (f"--config.evaluate.every={STEPS}", "--config.evaluate.examples=8", "--config.first_stage.path=")
+EVALUATED = (f"--config.evaluate.every={STEPS}", "--config.evaluate.examples=8", "--config.evaluate.samples=8")
 
 
 def download(storage: Storage, prefix: str, folder: Path) -> Path:
@@ -48,7 +48,7 @@ def command(module: str, *arguments: str) -> str:
 @pytest.mark.slow
 def test_a_run_on_object_storage_ends_as_one_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local, log = tmp_path / "local", tmp_path / "log.txt"
-    finish(local, log)
+    finish(local, log, *EVALUATED)
     with serving_here("bucket") as storage:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         for file in (local / "compilation_cache").iterdir():
@@ -57,7 +57,7 @@ def test_a_run_on_object_storage_ends_as_one_on_a_disk(tmp_path: Path, monkeypat
         for name, reached in moments(storage).items():
             print(name, flush=True)
             kill_at(work, log, reached, 0.05)
-        finish(work, log)
+        finish(work, log, *EVALUATED)
         check_same(download(storage, "run/", tmp_path / "downloaded"), local)
         check_read(work, storage, local, tmp_path)
 

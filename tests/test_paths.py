@@ -150,6 +150,17 @@ def test_without_gcsfs(monkeypatch: pytest.MonkeyPatch) -> None:
         WorkDir("gs://without/run")
 
 
+def test_what_passes_is_no_wrong_input() -> None:
+    from gcsfs.retry import HttpError
+    from requests.exceptions import ProxyError
+
+    for error in (HttpError({"code": 503, "message": "busy"}), HttpError({"code": 429}), ProxyError(), TimeoutError(), KeyError()):
+        with pytest.raises(type(error)), paths.reported("write", "gs://bucket/x"):
+            raise error
+    with pytest.raises(UserError, match="cannot write gs://bucket/x: Anonymous caller"), paths.reported("write", "gs://bucket/x"):
+        raise HttpError({"code": 401, "message": "Anonymous caller\nhas no access"})
+
+
 def test_a_bucket_that_takes_nothing_any_more(storage: Storage) -> None:
     work = WorkDir(f"{GS}/refused")
     storage.forbidden.add("bucket")

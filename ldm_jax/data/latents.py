@@ -107,7 +107,8 @@ class CacheWriter:
         header = _read_json(self.directory / HEADER)
         if header is not None and header.get("fingerprint") != meta["fingerprint"]:
             raise _stale(self.directory, header.get("fingerprint"), meta["fingerprint"])
-        paths.write_json(self.directory / HEADER, self.meta)
+        if header != self.meta:  # written once: every host comes here
+            paths.write_json(self.directory / HEADER, self.meta)
 
     def examples(self, shard: int) -> range:
         """Indices of the examples that a shard holds."""
