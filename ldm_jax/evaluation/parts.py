@@ -27,7 +27,7 @@ def claim(directory: Path, about: dict[str, Any]) -> None:
     """Makes the directory, or checks that what lies in it is of the same work. Raises UserError."""
     known = directory / ABOUT
     try:
-        paths.make_directory(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         there = json.loads(known.read_text()) if known.exists() else None
         others = paths.names(directory) if there is None else []
     except (OSError, ValueError) as error:

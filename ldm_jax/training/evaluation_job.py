@@ -23,7 +23,7 @@ from ldm_jax.evaluation.pictures import Pictures, open_pictures
 from ldm_jax.evaluation.protocol import CENTRAL, CROP
 from ldm_jax.latent_diffusion import LatentDiffusion, load_model
 from ldm_jax.model_directory import find_model
-from ldm_jax.paths import make_directory, resolve
+from ldm_jax.paths import resolve
 from ldm_jax.training.inputs import open_pictures_alone, open_source, scenes
 
 NUMBER = 50_000  # samples, as published numbers have
@@ -138,7 +138,10 @@ class Evaluation:
 
     def run(self, output: Path) -> list[str]:
         """Does the job and writes the report; returns it for the screen."""
-        make_directory(output)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create {output}: {error.strerror or error}; choose another --output") from error
         found = self._samples() if self.args.samples else self._first_stage() if self._of_first_stage else self._drawn()
         if jax.process_index() == 0:
             written = report.make(
