@@ -13,8 +13,6 @@ import ldm_jax
 from tests.fake_gcs import Storage, serving_here
 from tests.test_resume import ROOT, STEPS, checkpoint, finish, kill_at, losses
 
-EVALUATED = (f"--config.evaluate.every={STEPS}", "--config.evaluate.examples=8", "--config.evaluate.samples=8")
-
 
 def download(storage: Storage, prefix: str, folder: Path) -> Path:
     for name in storage.names("bucket", prefix):
@@ -48,7 +46,7 @@ def command(module: str, *arguments: str) -> str:
 @pytest.mark.slow
 def test_a_run_on_object_storage_ends_as_one_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local, log = tmp_path / "local", tmp_path / "log.txt"
-    finish(local, log, *EVALUATED)
+    finish(local, log)
     with serving_here("bucket") as storage:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         for file in (local / "compilation_cache").iterdir():
@@ -57,7 +55,7 @@ def test_a_run_on_object_storage_ends_as_one_on_a_disk(tmp_path: Path, monkeypat
         for name, reached in moments(storage).items():
             print(name, flush=True)
             kill_at(work, log, reached, 0.05)
-        finish(work, log, *EVALUATED)
+        finish(work, log)
         check_same(download(storage, "run/", tmp_path / "downloaded"), local)
         check_read(work, storage, local, tmp_path)
 
