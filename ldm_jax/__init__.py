@@ -17,12 +17,11 @@ def load(path: str, step: int | None = None, ema: float | str | None = None, dty
 
     Raises: `ldm_jax.config.UserError` where there is no complete model.
     """
-    from pathlib import Path
-
     from ldm_jax.config import UserError
     from ldm_jax.latent_diffusion import load_model
+    from ldm_jax.paths import resolve
 
-    root = Path(path)
+    root = resolve(path)
     if (root / "model.json").exists():
         if step is not None or ema is not None:
             raise UserError(f"{path} is a model directory: it holds one set of weights; step and ema belong to a work directory")

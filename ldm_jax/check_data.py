@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_jax import cli
 from ldm_jax.config import UserError
+from ldm_jax.paths import resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +43,7 @@ def main() -> int:
     config = configs.from_command(args.config, overrides)
     from ldm_jax.data.sources import needed_fields, open_data
 
-    output, needs = _made(Path(args.output)), needed_fields(config)
+    output, needs = _made(resolve(args.output)), needed_fields(config)
     source: Any = open_data(config.data, needs)
     asked = f"with {', '.join(needs)}" if needs else "of which the pictures alone are read"
     print(f"examples: {len(source):,} {asked} ({source.fingerprint()})", flush=True)
@@ -148,8 +149,8 @@ def _tokens(found: "Survey", config: "ConfigDict") -> list[str]:
 
 def _broken(found: "Survey", source: Any, output: Path) -> list[str]:
     """Lines about the broken files, and the file that names all of them."""
-    from ldm_jax.config import write_bytes
     from ldm_jax.data.reliable import broken_line
+    from ldm_jax.paths import write_bytes
 
     lines = [f"damaged shard: {shard}: {damage}" for shard, damage in getattr(source, "damaged", {}).items()]
     rows = [broken_line(index, source.name(index), error) for index, error in found.broken]

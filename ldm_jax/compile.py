@@ -48,6 +48,7 @@ def main() -> int:
     if unknown := sorted(set(chosen) - set(PROGRAMS)):
         raise UserError(f"--programs {unknown[0]!r} is not one of {', '.join(PROGRAMS)}")
     from ldm_jax import config as configs
+    from ldm_jax.paths import make_directory, write_json
     from ldm_jax.sharding.topology import LOCAL, open_topology
 
     config = configs.from_command(args.config, overrides)
@@ -64,7 +65,8 @@ def main() -> int:
     name = f"{args.config} on {args.topology}"
     found = swept(config, devices, chip, name) if args.sweep else planned(config, devices, chip, name, chosen, args.advise)
     if args.json:
-        write(Path(args.json), {"config": args.config, "overrides": overrides, "topology": args.topology, **found})
+        make_directory(Path(args.json).absolute().parent)
+        write_json(args.json, {"config": args.config, "overrides": overrides, "topology": args.topology, **found})
     return cli.OK if found["fits"] else cli.FAILED
 
 
@@ -237,16 +239,6 @@ def times(plan: "Plan") -> str:
 
 def gib(size: float | None) -> str:
     return "?" if size is None else f"{size / _GIB:.2f}"
-
-
-def write(path: Path, found: dict[str, Any]) -> None:
-    from ldm_jax.config import write_json
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {path.parent}: {error.strerror or error}") from error
-    write_json(path, found)
 
 
 if __name__ == "__main__":

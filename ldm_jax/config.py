@@ -11,23 +11,15 @@ import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-from uuid import uuid4
 
-from etils import epath
 from ml_collections import ConfigDict
 
-from ldm_jax import defaults
+from ldm_jax import defaults, paths
+from ldm_jax.errors import UserError
 
 TASKS = ("autoencoder", "diffusion")
-
-
-class UserError(Exception):
-    """Bad input from the user: a front door prints it on one line and exits with code 2."""
 
 
 def load_file(spec: str) -> ConfigDict:
@@ -306,7 +298,8 @@ def first_stage_run(config: ConfigDict) -> ConfigDict:
 # when. (`steps` stretches a schedule that decays; `init_from` is read once, at the start; whose first stage a denoiser has is looked at
 # when it goes on: `learnt_latents`.)
 _FREE = re.compile(
-    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan|init_from|remat|accumulation)|data\.(path|latents|encode_batch|workers|max_broken)"
+    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan|init_from|remat|accumulation)"
+    r"|data\.(path|latents|copies|encode_batch|workers|max_broken)"
     r"|first_stage\.(path|loss\.(vgg|linear))"
 )
 
@@ -324,76 +317,12 @@ def check_same_run(stored: dict[str, Any], config: ConfigDict, where: str) -> No
         raise UserError(f"{where} belongs to another configuration ({'; '.join(different)}); choose another --workdir or undo the change")
 
 
-def commit(temporary: Path, final: Path) -> None:
-    """Gives a written file its final name once its bytes are on the disk, and returns once the name is there too."""
-    _synchronise(temporary)
-    os.replace(temporary, final)
-    _synchronise(final.parent)
-
-
-def replace_directory(new: Path, final: Path) -> None:
-    """Puts a complete directory in the place of another; a kill between leaves the other under `.NAME.old`, and nothing half-made."""
-    old = final.parent / f".{final.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(new, final)
-    _synchronise(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def replacing(final: Path) -> Iterator[Path]:
-    """A new directory to write into, which takes the place of `final` once all of it is there; where the writing fails, nothing stays.
-
-    Raises UserError where it cannot be made.
-    """
-    root = final.parent / f".{final.name}.new"
-    try:
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot create {root}: {error.strerror or error}") from error
-    try:
-        yield root
-        replace_directory(root, final)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of a value as JSON."""
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file complete or not at all. Raises UserError where the disk does not take it."""
-    path = epath.Path(path)
-    if "://" in str(path):  # object storage: a write is atomic, and there is no rename
-        path.write_bytes(data)
-        return
-    temporary = Path(f"{path}.tmp{uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        commit(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 class WorkDir:
     """Where a run keeps what it makes; see the README for the layout."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = epath.Path(path)
+        """Of a file system or gs://. Raises as `paths.resolve`."""
+        self.path = paths.resolve(path)
         self.config = self.path / "config.json"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
@@ -422,9 +351,6 @@ class WorkDir:
 
     def claim(self, config: ConfigDict, command: list[str], versions: dict[str, str]) -> None:
         """Creates the directory and its config.json, or checks that it belongs to the same run. Raises UserError."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create the work directory {self.path}: {error.strerror or error}") from error
+        paths.make_directory(self.path, "create the work directory")
         self.check(config)
-        write_json(self.config, {"config": flat(config), "command": command, "versions": versions})
+        paths.write_json(self.config, {"config": flat(config), "command": command, "versions": versions})

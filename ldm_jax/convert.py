@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ldm_jax import cli
 from ldm_jax.config import UserError
+from ldm_jax.paths import local
 
 FORMATS = ("compvis", "diffusers")
 # What each way needs, and what else it takes.
@@ -47,6 +48,8 @@ def main() -> int:
     way, kind = ("to", args.target) if args.target else ("from", args.source)
     _check_flags(args, way, kind)
     _check_output(args.output)
+    for flag in ("checkpoint", "yaml"):
+        local(getattr(args, flag) or "", f"--{flag}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: an accelerator would only be reserved
     cli.start()
     print("\n".join(_export(args) if args.target else _import(args)))

@@ -112,6 +112,7 @@ def base() -> ConfigDict:
                 "cache": True,  # encode once; False encodes in every step
                 "latents": "",  # where the latent cache lies, to share it between runs; default: in the work directory
                 "encode_batch": 128,  # pictures that a host encodes at a time
+                "copies": "",  # where a machine copies latents that lie on gs:// to; default: ldm_jax/latents in the user's cache
                 "workers": 2,  # reading threads
             },
             "first_stage": first_stage(),

@@ -8,13 +8,13 @@ python -m ldm_jax.evaluate --config FILE --write-reference FILE.npz             
 A killed job goes on where it was when the same command is run again.
 """
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_jax import cli
 from ldm_jax.config import UserError
+from ldm_jax.paths import remove_tree, resolve
 from ldm_jax.sample import add_drawing, read_prompts
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def main() -> int:
     import ldm_jax
     from ldm_jax.training.evaluation_job import Evaluation
 
-    output, command = Path(args.output), ["python", "-m", "ldm_jax.evaluate", *sys.argv[1:]]
+    output, command = resolve(args.output), ["python", "-m", "ldm_jax.evaluate", *sys.argv[1:]]
     lines = Evaluation(args, overrides, tools, prompts, swept, command, ldm_jax.load).run(output)
     remove(output / "features", args.keep_features)
     print("\n".join(lines))
@@ -153,7 +153,7 @@ def remove(features: Path, keep: bool) -> None:
 
     wait_for_all(f"done with {features}")
     if not keep and jax.process_index() == 0:
-        shutil.rmtree(features, ignore_errors=True)
+        remove_tree(features)
 
 
 def write_reference(args: Any, overrides: list[str], tools: "Tools") -> None:
@@ -161,7 +161,7 @@ def write_reference(args: Any, overrides: list[str], tools: "Tools") -> None:
     from ldm_jax.evaluation import job
     from ldm_jax.training.evaluation_job import reference_of
 
-    path = Path(args.write_reference)
+    path = resolve(args.write_reference)
     directory = path.with_name(f".{path.name}.features")  # a killed job goes on here
     reference = reference_of(args, overrides, path.parent)
     if reference is None or reference.pictures is None:

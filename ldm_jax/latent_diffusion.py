@@ -14,13 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from ldm_jax.conditioning.build import Model, build_conditioning
 from ldm_jax.conditioning.conditioner import Arrays
 from ldm_jax.conditioning.conditioners import TextConditioner
 from ldm_jax.conditioning.tokenizer import Tokenizer
-from ldm_jax.config import UserError, write_bytes
+from ldm_jax.config import UserError
 from ldm_jax.diffusion.samplers import Known, SamplerSettings, image_keys, initial_noise
 from ldm_jax.model_directory import (
     PARTS,
@@ -34,6 +33,7 @@ from ldm_jax.model_directory import (
     save_part,
     writing,
 )
+from ldm_jax.paths import resolve, write_bytes
 from ldm_jax.sampling import (
     Sampling,
     Tiles,
@@ -397,7 +397,7 @@ def _pasted(drawn: np.ndarray, asked: SimpleNamespace, given: Mapping[str, Any])
 
 def read_networks(path: str | Path, dtype: Any) -> tuple[FirstStage, Denoiser | None, dict[str, Any]]:
     """What a model directory holds, but for its weights: (first stage, denoiser, what `model.json` says). Raises UserError."""
-    root = epath.Path(path)
+    root = resolve(path)
     info = read_info(root)
     first_stage = FirstStage(build_autoencoder(load_settings(root / "first_stage"), dtype), tuple(info["shift"]), tuple(info["scale"]))
     if not (root / "denoiser").exists():
@@ -414,7 +414,7 @@ def read_networks(path: str | Path, dtype: Any) -> tuple[FirstStage, Denoiser | 
 
 def load_first_stage(path: str | Path, dtype: Any) -> tuple[FirstStage, Params]:
     """The first stage of a model directory. Raises UserError."""
-    root = epath.Path(path)
+    root = resolve(path)
     info = read_info(root)
     stage = FirstStage(build_autoencoder(load_settings(root / "first_stage"), dtype), tuple(info["shift"]), tuple(info["scale"]))
     params = load_params(root / "first_stage")
@@ -426,6 +426,6 @@ def load_model(path: str | Path, dtype: str = "auto") -> LatentDiffusion:
     """Reads a model directory. Raises UserError where it is missing, incomplete or does not fit itself."""
     first_stage, denoiser, info = read_networks(path, compute_dtype(dtype))
     parts = PARTS if denoiser else PARTS[:1]
-    params = {part: load_params(epath.Path(path) / part) for part in parts}
+    params = {part: load_params(resolve(path) / part) for part in parts}
     check_shapes(params, abstract_params(first_stage, denoiser, info["resolution"]), str(path))
     return LatentDiffusion(first_stage, denoiser, params, info)

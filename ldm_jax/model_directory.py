@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +17,8 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_safetensors
 
-from ldm_jax.config import UserError, replacing, write_bytes, write_json
+from ldm_jax import paths
+from ldm_jax.errors import UserError
 
 FORMAT = 1
 PARTS = ("first_stage", "denoiser", "conditioner")
@@ -32,21 +32,15 @@ def writing(path: str | Path, info: Mapping[str, Any]) -> Iterator[Any]:
 
     Where the writing fails, nothing of it stays.
     """
-    described = dict(info, format=FORMAT)
-    if "://" not in str(path):
-        with replacing(Path(path)) as new:
+    described, root = dict(info, format=FORMAT), paths.resolve(path)
+    if not paths.is_remote(root):
+        with paths.replacing(Path(root)) as new:
             yield epath.Path(new)
-            write_json(epath.Path(new) / "model.json", described)
+            paths.write_json(new / "model.json", described)
         return
-    # Object storage has no rename: there the old model ends here.
-    root = epath.Path(path)
-    (root / "model.json").unlink(missing_ok=True)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {root}: {error.strerror or error}") from error
+    (root / "model.json").unlink(missing_ok=True)  # object storage has no rename: there the old model ends here
     yield root
-    write_json(root / "model.json", described)
+    paths.write_json(root / "model.json", described)
 
 
 def module_settings(module: nn.Module, table: Mapping[str, type]) -> dict[str, Any]:
@@ -57,10 +51,10 @@ def module_settings(module: nn.Module, table: Mapping[str, type]) -> dict[str, A
 
 def save_part(path: Any, settings: Mapping[str, Any], params: Params) -> None:
     """Writes one part: its settings, and its parameters as they are."""
-    path.mkdir(parents=True, exist_ok=True)
+    paths.make_directory(path)
     arrays = {stored_name(leaf): np.asarray(jax.device_get(value)) for leaf, value in flatten(params).items()}
-    write_bytes(path / WEIGHTS, save_safetensors(arrays))
-    write_json(path / SETTINGS, settings)
+    paths.write_bytes(path / WEIGHTS, save_safetensors(arrays))
+    paths.write_json(path / SETTINGS, settings)
 
 
 def load_settings(path: Any) -> dict[str, Any]:
@@ -81,21 +75,15 @@ def load_params(path: Any) -> Params:
 
 
 def _tensors(file: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a file, one at a time, without the file in memory besides. One of object storage is copied to a local disk first."""
-    if "://" in str(file):
-        with TemporaryDirectory() as folder:
-            local = Path(folder) / WEIGHTS
-            local.write_bytes(file.read_bytes())
-            yield from _tensors(local)
-        return
-    with safe_open(str(file), framework="numpy") as stored:
+    """The tensors of a file, one at a time, without the file in memory besides."""
+    with paths.local_copy(file) as local, safe_open(str(local), framework="numpy") as stored:
         for name in stored.keys():  # noqa: SIM118 (no mapping)
             yield name, stored.get_tensor(name)
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
     """What `model.json` of a model directory says. Raises UserError where it is missing, damaged or of another format."""
-    file = epath.Path(path) / "model.json"
+    file = paths.resolve(path) / "model.json"
     if not file.exists():
         raise UserError(f"{path} is not a complete model directory: it has no model.json")
     try:
@@ -110,7 +98,7 @@ def read_info(path: str | Path) -> dict[str, Any]:
 
 def find_model(path: str | Path) -> Any:
     """The model directory that a path means: itself, or that of a work directory, be it its first stage's. Raises UserError."""
-    root = epath.Path(path)
+    root = paths.resolve(path)
     for place in (root, root / "model", _first_stage_of(root)):
         if (place / "model.json").exists():
             return place

@@ -3,10 +3,9 @@
 python -m ldm_jax.neighbors --database FILE.npy --queries FILE.npy|PICTURE... --count N --output neighbors.npy
 """
 
-from pathlib import Path
-
 from ldm_jax import cli
 from ldm_jax.config import UserError
+from ldm_jax.paths import resolve
 
 
 def parser() -> cli.Parser:
@@ -29,6 +28,7 @@ def main() -> int:
     from ldm_jax.data.transforms import center_crop
     from ldm_jax.nearest import nearest
 
+    output = resolve(args.output)
     database = read_embeddings(args.database)
     if len(args.queries) == 1 and args.queries[0].endswith((".npy", ".npz")):
         queries = read_embeddings(args.queries[0])
@@ -39,7 +39,7 @@ def main() -> int:
         found = np.asarray(database)[nearest(queries, database, args.count)].astype(np.float32)
     except ValueError as error:
         raise UserError(str(error)) from error
-    write_array(Path(args.output), found)
+    write_array(output, found)
     print(f"{found.shape[0]} x {found.shape[1]} neighbours: {args.output}")
     return cli.OK
 

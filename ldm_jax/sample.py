@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ldm_jax import cli
-from ldm_jax.config import UserError, write_bytes
+from ldm_jax.config import UserError
+from ldm_jax.paths import make_directory, resolve, write_bytes
 
 # Of `LatentDiffusion.sample`, as the flags of the same names.
 _OPTIONS: tuple[str, ...] = ("num", "steps", "sampler", "seed", "negative", "eta", "spacing", "batch_size", "strength")
@@ -153,11 +154,11 @@ def main() -> int:
     prompts = read_prompts(args.prompt, args.prompts_file)  # before anything slow
     cli.start()
     import numpy as np
-    from etils import epath
 
     import ldm_jax
     from ldm_jax.data.given import fitted, read_picture
 
+    output = resolve(args.output)
     model = ldm_jax.load(args.model, args.step, args.ema, args.dtype)
     size = tuple(args.size or (model.info["resolution"],) * 2)
     inputs = read_inputs(args, prompts, model.inputs, size) if model.denoiser is not None else {}
@@ -174,11 +175,7 @@ def main() -> int:
         images = model.sample(**drawing)
     else:
         images, states = model.sample_states(args.states, **drawing)
-    output = epath.Path(args.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {output}: {error.strerror or error}") from error
+    make_directory(output)
     given = {name: value for name, value in vars(args).items() if value is not None and name not in ("output", "npz", "states")}
     write(output, images, states, captions_of(inputs, len(images)), given)
     if args.npz:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ def config(spec: str = "configs/class_cond.py:smoke", *overrides: str) -> Any:
     return configs.from_command(spec, [*OVERRIDES, *overrides])
 
 
-def test_a_plan_says_what_the_state_is(tmp_path: Path) -> None:
+def test_a_plan_says_what_the_state_is() -> None:
     found = front_door.planned(config(), jax.devices(), None, "smoke", ["step", "sampler", "encoder"], 0)
     step, sampler, encoder = found["programs"]
     assert [each["name"] for each in found["programs"]] == ["train step", "sampler", "encoder"]
@@ -40,8 +39,7 @@ def test_a_plan_says_what_the_state_is(tmp_path: Path) -> None:
     assert sampler["images"] == 2 and encoder["images"] == 16  # a device's share of 16, and of 128
     assert step["flops"] == step["computed"] and found["fits"] is True and step["fits"] is None
     assert step["traffic"]["all-reduce"]["ici_bytes"] >= 2 * 4 * parameters * 7 / 8
-    front_door.write(tmp_path / "a" / "plan.json", found)
-    assert json.loads((tmp_path / "a" / "plan.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads(json.dumps(found)) == found | {"notes": []}
 
 
 def test_a_split_state_takes_its_share(capsys: pytest.CaptureFixture) -> None:

@@ -1,7 +1,6 @@
 """Configurations: overriding, checking, comparing, and writing files whole."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -291,25 +290,3 @@ def test_a_damaged_or_foreign_config_json_is_bad_input(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"config\.json"):
             workdir.claim(base(), [], {})
         assert workdir.config.read_text() == content
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "value.json"
-    configs.write_json(path, {"a": 1})
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    for call in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*value\.json: No space left on device"):
-            patch.setattr(os, call, full)
-            configs.write_json(path, {"a": 2})
-        assert json.loads(path.read_text()) == {"a": 1}
-        assert os.listdir(tmp_path) == ["value.json"]
-    configs.write_json(path, {"a": 3})
-    assert json.loads(path.read_text()) == {"a": 3}
-
-
-def test_a_write_into_a_missing_folder_is_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot write"):
-        configs.write_bytes(tmp_path / "missing" / "x", b"1")

@@ -28,27 +28,6 @@ def test_parameters_are_float32_of_whatever_is_stored(dtype: type, tmp_path: Pat
         np.testing.assert_array_equal(value, stored[f"conv.{name}"].astype(np.float32))
 
 
-class Remote:
-    """A folder of object storage: its files have bytes, and no path that other libraries know."""
-
-    def __init__(self, local: Path) -> None:
-        self.local = local
-
-    def __str__(self) -> str:
-        return f"gs://bucket/{self.local.name}"
-
-    def __truediv__(self, name: str) -> "Remote":
-        return Remote(self.local / name)
-
-    def read_bytes(self) -> bytes:
-        return self.local.read_bytes()
-
-
-def test_remote_parameters_are_read_as_bytes(tmp_path: Path) -> None:
-    save_file({"bias": RNG.normal(size=2).astype(ml_dtypes.bfloat16)}, tmp_path / WEIGHTS)
-    np.testing.assert_array_equal(load_params(Remote(tmp_path))["bias"], load_params(tmp_path)["bias"])
-
-
 @pytest.mark.parametrize("content", [None, b"", b"no weights", b"\xff" * 100])
 def test_a_damaged_part_is_bad_input(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:

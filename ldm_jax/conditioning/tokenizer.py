@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
-from etils import epath
 
 from ldm_jax.config import UserError
+from ldm_jax.paths import resolve
 
 _PAD, _BOS, _EOS = "[PAD]", "[BOS]", "[EOS]"
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # what transformers reads of a folder besides
@@ -78,7 +78,7 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike[str], max_length: int) -> "Tokenizer":
         """A file that holds what `to_json` gives. Raises UserError where it is missing or damaged."""
         try:
-            return cls(tokenizers.Tokenizer.from_str(epath.Path(path).read_text()), max_length)
+            return cls(tokenizers.Tokenizer.from_str(resolve(path).read_text()), max_length)
         except Exception as error:
             # `tokenizers` raises a plain `Exception` for text that is no tokenizer: no narrower clause would catch it.
             if type(error) is not Exception and not isinstance(error, OSError | ValueError):

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.config import UserError, replacing
+from ldm_jax.config import UserError
 from ldm_jax.data.reader import CALLED, FIELDS, Reader, as_text, captions
 from ldm_jax.data.records import decode_example, encode_example
 from ldm_jax.data.shard_files import files_hash, find_files, place
+from ldm_jax.paths import replacing
 
 _SUFFIXES = (".array_record", ".arrayrecord", ".array_records")
 WRITER_OPTIONS = "group_size:1,uncompressed"  # a random read fetches its own record, and pictures are compressed already

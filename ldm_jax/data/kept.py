@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_jax.config import UserError, write_bytes
+from ldm_jax.paths import local_copy, make_directory, write_bytes
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -20,9 +20,7 @@ def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array in a file, read as far as it is looked at; made and written where there is none. Raises UserError where it
     cannot be."""
     if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create {path.parent}: {error.strerror or error}") from error
+        make_directory(path.parent)
         write_array(path, make())
-    return np.load(path, mmap_mode="r")
+    with local_copy(path) as file:  # what is mapped stays, even where its name goes
+        return np.load(file, mmap_mode="r")

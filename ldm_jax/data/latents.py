@@ -5,7 +5,8 @@ unless the disk itself lost data, which opening the shard shows: ArrayRecord kee
 The marker `COMPLETE` is written last, and nothing reads a cache without it.
 
 Records are uncompressed and one to a group: float32 moments hardly compress, and a random read then fetches only its
-own record. ArrayRecord writes to file systems only, so the directory is local or mounted.
+own record. ArrayRecord knows file systems only: on object storage a shard is written on the local disk and put there whole,
+and each machine copies all of them before it reads (`local_shards`).
 """
 
 import errno
@@ -18,19 +19,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from ldm_jax.config import UserError, commit, write_json
+from ldm_jax import paths
+from ldm_jax.config import UserError
 from ldm_jax.data.array_record import READER_OPTIONS, WRITER_OPTIONS
+from ldm_jax.data.local_shards import local_shards
 from ldm_jax.data.order import Bucket
 from ldm_jax.data.records import decode_example, encode_example
 
 FORMAT_VERSION = 1
 MARKER = "COMPLETE"
 HEADER = "cache.json"
+_SUFFIX = ".array_record"
 
 _ABANDONED = 3600  # seconds after which a shard that is not complete has no writer any more
 _READER_BUFFER = 1 << 12  # bytes; less than a record, so that a random read fetches its record alone
@@ -71,7 +74,7 @@ def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
 
 def is_complete(directory: str | Path, fingerprint: str) -> bool:
     """Whether the directory holds a finished cache with this fingerprint."""
-    meta = _read_json(Path(directory) / MARKER)
+    meta = _read_json(paths.resolve(directory) / MARKER)
     return meta is not None and meta.get("fingerprint") == fingerprint
 
 
@@ -82,7 +85,7 @@ class CacheWriter:
     them calls `finish`.
 
     Args:
-        directory: of the cache; made where it is missing.
+        directory: of the cache, on a file system or gs://; made where it is missing.
         meta: JSON values kept with the cache; `fingerprint` is required, `flips` (False) says that each example is
             stored twice, as it is and mirrored.
         num_examples: examples of the source.
@@ -93,7 +96,7 @@ class CacheWriter:
     """
 
     def __init__(self, directory: str | Path, meta: dict[str, Any], num_examples: int, shard_size: int = 4096) -> None:
-        self.directory = Path(directory)
+        self.directory = paths.resolve(directory)
         self.views = 2 if meta.get("flips", False) else 1
         self.num_examples, self.shard_size = num_examples, shard_size
         self.num_shards = -(-num_examples // shard_size)
@@ -104,7 +107,8 @@ class CacheWriter:
         header = _read_json(self.directory / HEADER)
         if header is not None and header.get("fingerprint") != meta["fingerprint"]:
             raise _stale(self.directory, header.get("fingerprint"), meta["fingerprint"])
-        write_json(self.directory / HEADER, self.meta)
+        if header != self.meta:  # written once: every host comes here
+            paths.write_json(self.directory / HEADER, self.meta)
 
     def examples(self, shard: int) -> range:
         """Indices of the examples that a shard holds."""
@@ -112,11 +116,16 @@ class CacheWriter:
 
     def missing_shards(self, process_index: int = 0, process_count: int = 1) -> list[int]:
         """Shards that this host has to write: of p, p + P, p + 2P, ... those that are not there or not whole."""
-        return [shard for shard in range(process_index, self.num_shards, process_count) if not self._is_whole(shard)]
+        own, there = range(process_index, self.num_shards, process_count), set(paths.names(self.directory))
+        return [shard for shard in own if self._path(shard).name not in there or not self._is_whole(shard)]
+
+    def _path(self, shard: int) -> Any:
+        return _shard_path(self.directory, shard, self.num_shards)
 
     def _is_whole(self, shard: int) -> bool:
-        path = _shard_path(self.directory, shard, self.num_shards)
-        return _count_records(path) == len(self.examples(shard)) * self.views
+        """Of a shard that is there. Object storage has whole ones only."""
+        path = self._path(shard)
+        return paths.is_remote(path) or _count_records(path) == len(self.examples(shard)) * self.views
 
     @contextmanager
     def shard(self, shard: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
@@ -129,8 +138,8 @@ class CacheWriter:
             UserError: no space left, or the directory cannot be written; nothing is left under the final name.
             ValueError: the number of examples added is not the shard's.
         """
-        final = _shard_path(self.directory, shard, self.num_shards)
-        temporary = final.with_name(f".{final.name}.{uuid4().hex}.tmp")
+        final = self._path(shard)
+        temporary = paths.temporary_for(final)
         with _reporting_disk_errors(self.directory), _removed_on_error(temporary):
             writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
             added = 0
@@ -147,7 +156,7 @@ class CacheWriter:
             expected = len(self.examples(shard)) * self.views
             if added != expected:
                 raise ValueError(f"shard {shard} takes {expected} examples (views included), {added} were added")
-            commit(temporary, final)
+            paths.commit(temporary, final)
 
     def finish(self) -> None:
         """Marks the cache as complete, and removes what killed writers left: what another run is writing just now is younger.
@@ -158,24 +167,24 @@ class CacheWriter:
         missing = self.missing_shards()
         if missing:
             raise ValueError(f"{self.directory}: {len(missing)} shards are not written, the first is {missing[0]}")
-        for leftover in self.directory.glob(".*.tmp"):
+        for leftover in [] if paths.is_remote(self.directory) else Path(self.directory).glob(".*.tmp"):
             if time.time() - leftover.stat().st_mtime > _ABANDONED:
                 leftover.unlink(missing_ok=True)
-        write_json(self.directory / MARKER, self.meta)
+        paths.write_json(self.directory / MARKER, self.meta)
 
 
 class LatentCache:
     """A finished cache as a source: `cache[i]` is the example i with `moments` [h, w, 2c] or [h, w, c] in place of `image`.
 
     `meta` is what the writer kept; `mirrored` says that both views of each example are there, for `read`; `buckets` is empty where all
-    pictures have one size.
+    pictures have one size. One on object storage is first copied to a folder under `copies` (see `local_shards`).
 
     Raises:
-        UserError: the cache is incomplete, or its fingerprint is not the one asked for.
+        UserError: the cache is incomplete, its fingerprint is not the one asked for, or the copy cannot be made.
     """
 
-    def __init__(self, directory: str | Path, fingerprint: str) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, fingerprint: str, copies: str = "") -> None:
+        self.directory = paths.resolve(directory)
         meta = _read_json(self.directory / MARKER)
         if meta is None:
             raise UserError(f"the latent cache {self.directory} is not complete; run the encoding again to finish it")
@@ -185,6 +194,7 @@ class LatentCache:
         self.mirrored: bool = meta["flips"]
         self.buckets = [Bucket(*bucket) for bucket in meta.get("buckets", ())]
         self._views = 2 if self.mirrored else 1
+        self._folder = local_shards(self.directory, _SUFFIX, copies)
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
@@ -221,7 +231,7 @@ class LatentCache:
         return found
 
     def _read_shard(self, shard: int, offsets: list[int]) -> list[bytes]:
-        path = _shard_path(self.directory, shard, self.meta["num_shards"])
+        path = _shard_path(self._folder, shard, self.meta["num_shards"])
         try:
             with self._lock:
                 if shard not in self._readers:
@@ -231,7 +241,7 @@ class LatentCache:
         except (RuntimeError, IndexError) as error:
             raise UserError(
                 f"the latent cache's shard {path} cannot be read ({_first_line(error)}); delete it and the file "
-                f"{MARKER} beside it, and run the encoding again"
+                f"{self.directory / MARKER}, and run the encoding again"
             ) from error
 
     def fingerprint(self) -> str:
@@ -239,18 +249,16 @@ class LatentCache:
         return self.meta["fingerprint"]
 
 
-def _shard_path(directory: Path, shard: int, num_shards: int) -> Path:
-    return directory / f"shard-{shard:05d}-of-{num_shards:05d}.array_record"
+def _shard_path(directory: Any, shard: int, num_shards: int) -> Any:
+    return directory / f"shard-{shard:05d}-of-{num_shards:05d}{_SUFFIX}"
 
 
-def _open(path: Path) -> ArrayRecordReader:
+def _open(path: Any) -> ArrayRecordReader:
     return ArrayRecordReader(str(path), READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
 
 
-def _count_records(path: Path) -> int:
-    """Records of a shard; -1 where it is missing or its index is damaged."""
-    if not path.exists():
-        return -1
+def _count_records(path: Any) -> int:
+    """Records of a shard; -1 where its index is damaged."""
     try:
         reader = _open(path)
         count = reader.num_records()
@@ -260,14 +268,14 @@ def _count_records(path: Path) -> int:
     return count
 
 
-def _stale(directory: Path, found: str | None, wanted: str) -> UserError:
+def _stale(directory: Any, found: str | None, wanted: str) -> UserError:
     return UserError(
         f"the latent cache {directory} was made from other weights, data or settings (fingerprint {found}, wanted "
         f"{wanted}); give another data.latents or delete it"
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Any) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError as error:
@@ -284,7 +292,7 @@ def _removed_on_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reporting_disk_errors(directory: Path) -> Iterator[None]:
+def _reporting_disk_errors(directory: Any) -> Iterator[None]:
     """Turns a full disk and forbidden writing into one line. ArrayRecord reports both as RuntimeError."""
     full, forbidden = os.strerror(errno.ENOSPC), os.strerror(errno.EACCES)
     try:

@@ -8,6 +8,7 @@ from typing import Any
 from ldm_jax.config import UserError
 from ldm_jax.data.decode import BROKEN
 from ldm_jax.data.reader import Source
+from ldm_jax.paths import append
 
 
 class Layer:
@@ -100,9 +101,7 @@ class Reliable(Layer):
             self.broken.add(index)
             if self._log_path is not None and index not in self._logged:
                 self._logged.add(index)
-                self._log_path.parent.mkdir(parents=True, exist_ok=True)
-                with self._log_path.open("a", encoding="utf-8", errors="backslashreplace") as log:
-                    log.write(broken_line(index, self.name(index), error))
+                append(self._log_path, broken_line(index, self.name(index), error))
             if len(self.broken) > self._max_broken * len(self):
                 raise UserError(broken_message(len(self.broken), len(self), self._max_broken, self.name(min(self.broken))) + self._where())
 

@@ -21,6 +21,7 @@ from ldm_jax.data.table import TableSource
 from ldm_jax.data.tar import TarSource
 from ldm_jax.data.tfds import TfdsSource
 from ldm_jax.data.transforms import center_crop_example
+from ldm_jax.paths import local
 
 
 class Chosen(Layer):
@@ -91,6 +92,7 @@ def open_data(data: ConfigDict, needs: Collection[str] = (), pairs: Pairs = "see
         return Chosen(drawn, needs)
     if data.source not in _READERS:
         raise UserError(f"data.source is {data.source!r}; it must be one of {', '.join(SOURCES)}")
+    local(data.path, "data, which is read at random places,")
     return _READERS[data.source](data, needs)
 
 

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import tarfile
 import zipfile
 import zlib
@@ -19,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.config import UserError, write_bytes
+from ldm_jax.config import UserError
 from ldm_jax.data.reader import captions
+from ldm_jax.paths import user_cache, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def shard_index(path: Path) -> ShardIndex:
 
 
 def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ldm_jax" / "tar"
+    return user_cache() / "tar"
 
 
 def _load(place: Path, mark: str) -> ShardIndex | None:

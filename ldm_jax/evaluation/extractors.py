@@ -19,6 +19,7 @@ from ldm_jax.interop.safetensors_file import open_weights
 from ldm_jax.interop.vision import sha256
 from ldm_jax.nn import inception
 from ldm_jax.nn.vision_transformer import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
+from ldm_jax.paths import fetched
 
 # The start of the SHA-256 of the FID's weights, which their file's name says too.
 INCEPTION_HASH = "6726825d"
@@ -128,12 +129,13 @@ def variable(name: str) -> str:
 
 def weight_path(name: str, given: str | None) -> Path | None:
     """Where the weights of a network lie, by a flag or by the environment; None for nowhere. Raises UserError where nothing is there."""
-    path = given or os.environ.get(variable(name))
-    if not path:
+    where = given or os.environ.get(variable(name))
+    if not where:
         return None
-    if not Path(path).exists():
+    path = fetched(where)
+    if not path.exists():
         raise UserError(f"the weights of {name} are not at {path}: there should be {WEIGHTS.get(name, 'a file')}")
-    return Path(path)
+    return path
 
 
 def absent(name: str) -> str:

@@ -34,7 +34,7 @@ class Features:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        with np.load(self._files[0]) as part:
+        with parts.load(self._files[0]) as part:
             return tuple(name for name in part.files if name != _KEY)
 
     @property
@@ -44,7 +44,7 @@ class Features:
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """Rows float32 [n,d] of one part after another."""
         for file in self._files:
-            with np.load(file) as part:
+            with parts.load(file) as part:
                 yield part[name]
 
     @cached_property

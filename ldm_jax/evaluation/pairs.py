@@ -159,7 +159,7 @@ def codebook_metrics(directory: Path, number: int, batch_size: int) -> list[Metr
     """Of what `reconstruct` left: the share of the entries that any latent took, and their perplexity; none where there is no codebook."""
     codes = []
     for part in parts.parts(number, batch_size):
-        with np.load(parts.part_file(directory, part)) as file:
+        with parts.load(parts.part_file(directory, part)) as file:
             if "codes" not in file.files:
                 return []
             codes.append(file["codes"])

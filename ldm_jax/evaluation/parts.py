@@ -1,5 +1,6 @@
 """Work in parts, each a file that is there whole or not at all: a killed job goes on where it was, and several processes share it."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.config import UserError, commit, write_json
+from ldm_jax import paths
+from ldm_jax.config import UserError
 
 ABOUT = "about.json"
 
@@ -27,7 +29,7 @@ def claim(directory: Path, about: dict[str, Any]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         there = json.loads(known.read_text()) if known.exists() else None
-        others = [] if known.exists() else sorted(file.name for file in directory.iterdir())
+        others = paths.names(directory) if there is None else []
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use {directory}: {error}; give another --output") from error
     if others:
@@ -37,7 +39,7 @@ def claim(directory: Path, about: dict[str, Any]) -> None:
         different = ", ".join(name for name in sorted({*there, *about}) if there.get(name) != about.get(name))
         raise UserError(f"{directory} holds the work of another job ({different} differ): remove it, or give another --output")
     if jax.process_index() == 0:
-        write_json(known, about)
+        paths.write_json(known, about)
 
 
 def missing(directory: Path, number: int, size: int) -> list[tuple[int, int]]:
@@ -48,13 +50,13 @@ def missing(directory: Path, number: int, size: int) -> list[tuple[int, int]]:
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Arrays as .npz, whole or not at all. Raises UserError where the disk does not take them."""
-    temporary = path.with_name(f".{path.stem}.tmp.npz")  # no other process has this part
-    try:
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        commit(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with paths.writing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def load(path: Path) -> Any:
+    """What `save` wrote, to be closed. On object storage it is read at once."""
+    return np.load(io.BytesIO(path.read_bytes()) if paths.is_remote(path) else path)
 
 
 def wait_for_all(name: str) -> None:

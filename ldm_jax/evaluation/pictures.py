@@ -25,6 +25,7 @@ from ldm_jax.data.folder import MAPS, find_images
 from ldm_jax.data.transforms import fit
 from ldm_jax.evaluation.adm_npz import DAMAGE, Rows, array_names, damaged, read_arrays, read_meta
 from ldm_jax.interop.torch_file import one_line
+from ldm_jax.paths import fetched
 
 _OVERVIEWS = ("grid.png", "states.png")  # what `ldm_jax.sample` puts beside its pictures
 CENTRAL = "the central square, resized as ADM does"  # a provenance's `crop`
@@ -92,7 +93,7 @@ def open_pictures(path: str | Path) -> Pictures:
     Raises:
         UserError: there are none, or they are in another form; the line says what to do.
     """
-    path = Path(path)
+    path = fetched(path)
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():

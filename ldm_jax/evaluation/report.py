@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from ldm_jax.config import write_bytes, write_json
 from ldm_jax.evaluation.job import Outcome, Tools
 from ldm_jax.evaluation.page import page
 from ldm_jax.evaluation.scores import Metric
+from ldm_jax.paths import write_bytes, write_json
 
 JSON, HTML = "report.json", "report.html"
 QUANTISATION = "rounded to the nearest level, clip(round(127.5 x + 127.5), 0, 255)"

@@ -13,11 +13,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
-from ldm_jax.config import UserError, commit
+from ldm_jax import paths
+from ldm_jax.config import UserError
 from ldm_jax.evaluation.adm_npz import array_names, read_arrays, read_meta
 from ldm_jax.evaluation.numpy_pickle import load_pickle
 from ldm_jax.evaluation.pictures import Pictures, open_pictures
@@ -91,7 +91,7 @@ def read_stored(path: str | Path) -> Stored | None:
     Raises:
         UserError: it is damaged, incomplete, in a form that is not known, or asks for code to be run.
     """
-    path = Path(path)
+    path = paths.fetched(path)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix not in (".npz", ".pkl", ".pickle"):
         return None
@@ -113,9 +113,9 @@ def write_stored(
         UserError: another suffix, or the disk does not take it.
         ValueError: nothing to write, an empty name, or features of another kind.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".npz":
-        raise UserError(f"statistics are written as .npz, not as {path.name!r}")
+    final = paths.resolve(path)
+    if final.suffix.lower() != ".npz":
+        raise UserError(f"statistics are written as .npz, not as {final.name!r}")
     if not (names := {*gaussians, *features}) or "" in names:
         raise ValueError("statistics belong to extractors, one at least, each with a name")
     arrays: dict[str, np.ndarray] = {"meta": np.array(json.dumps(provenance).encode())}
@@ -123,15 +123,8 @@ def write_stored(
         arrays |= {f"{name}.number": np.array(gaussian.number, np.int64), f"{name}.mean": gaussian.mean, f"{name}.cov": gaussian.cov}
     for name, rows in features.items():
         arrays[f"{name}.features"] = _checked_features(rows).astype(np.float32, copy=False)
-    temporary = Path(f"{path}.tmp{uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        commit(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with paths.writing(final) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _read_npz(path: Path) -> Stored | None:

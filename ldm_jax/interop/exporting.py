@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.conditioning.conditioners import TextConditioner
-from ldm_jax.config import UserError, replacing, write_json
+from ldm_jax.config import UserError
 from ldm_jax.interop import compvis, diffusers, dit, text_encoders
 from ldm_jax.interop.compvis_yaml import to_yaml
 from ldm_jax.interop.importing import Networks
@@ -27,6 +27,7 @@ from ldm_jax.nn.autoencoder import KLAutoencoder, VQAutoencoder
 from ldm_jax.nn.clip_text import CLIPText
 from ldm_jax.nn.dit import DiT
 from ldm_jax.nn.text_encoder import TextTransformer
+from ldm_jax.paths import fetched, replacing, resolve, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def open_model(path: str | Path) -> Model:
     def leaf(name: str) -> np.ndarray:
         part, _, inner = name.partition("/")
         if part not in files:
-            files[part] = open_weights(Path(path) / part / WEIGHTS)
+            files[part] = open_weights(fetched(resolve(path) / part / WEIGHTS))
         return np.asarray(files[part][stored_name(inner)], np.float32)
 
     return Model(networks, leaf, flatten(networks.params))

@@ -14,13 +14,14 @@ import numpy as np
 
 from ldm_jax.conditioning.build import Model, build_conditioning
 from ldm_jax.conditioning.tokenizer import Tokenizer
-from ldm_jax.config import UserError, write_bytes, write_json
+from ldm_jax.config import UserError
 from ldm_jax.defaults import base
 from ldm_jax.interop.architecture import Architecture
 from ldm_jax.interop.keymap import KeyMap, problems, read
 from ldm_jax.interop.safetensors_file import Spec, Weights, write_safetensors
 from ldm_jax.model_directory import PARTS, SETTINGS, TOKENIZER, WEIGHTS, Params, flatten, module_settings, stored_name, writing
 from ldm_jax.nn.layers import norm_groups
+from ldm_jax.paths import make_directory, write_bytes, write_json
 from ldm_jax.stages import AUTOENCODERS, DENOISERS, Denoiser, FirstStage, abstract_params, build_autoencoder, build_denoiser
 
 
@@ -120,7 +121,7 @@ def write_model(networks: Networks, parts: Sequence[Part], tokenizer: Tokenizer 
         settings["conditioner"] = networks.info["conditioning"]
     with writing(output, networks.info) as root:
         for name in PARTS[: len(settings)]:
-            (root / name).mkdir(parents=True, exist_ok=True)
+            make_directory(root / name)
             specs = {_stored(leaf): Spec(tuple(value.shape), dtype) for leaf, value in leaves.items() if leaf.startswith(f"{name}/")}
             write_safetensors(Path(root) / name / WEIGHTS, _arrays(name, parts, dtype), specs)
             write_json(root / name / SETTINGS, settings[name])

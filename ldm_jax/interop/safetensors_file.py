@@ -20,8 +20,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ldm_jax.config import UserError, commit, write_json
+from ldm_jax.config import UserError
 from ldm_jax.interop.torch_file import foreign_kind, load_state_dict, one_line
+from ldm_jax.paths import commit, write_json
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),

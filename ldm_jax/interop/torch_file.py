@@ -28,6 +28,8 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from ldm_jax.paths import local_copy, resolve
+
 STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
@@ -67,7 +69,7 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
     """The named tensors of a `.safetensors`, `.npz` or torch file (`.pth`, `.pt`, `.ckpt`, `.bin`; any other suffix is read as one).
 
     Args:
-      path: the file; a torch file may lie on object storage.
+      path: the file, on a file system or gs://.
       key: which of a torch file's dicts is meant: `state_dict` in Lightning checkpoints, `ema` or `model` in DiT's; "" is the outermost.
         None takes the only one that holds tensors, and `state_dict` of a file that Lightning wrote, whatever lies beside it.
 
@@ -77,7 +79,7 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
     Raises ValueError, in one line, for a file that is damaged, of another kind, holds no named tensors or several sets of them where `key`
     is not given, or asks for code to be run; FileNotFoundError where there is no such file.
     """
-    file = epath.Path(path)
+    file = resolve(path)
     if not file.exists():
         raise FileNotFoundError(f"no weight file at {file}")
     if file.is_dir():
@@ -143,7 +145,8 @@ def one_line(text: str) -> str:
 
 def _load_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
     try:
-        return load_file(file)
+        with local_copy(file) as local:
+            return load_file(local)
     except SafetensorError as error:
         raise ValueError(f"{file} is no complete safetensors file: {one_line(str(error))}") from error
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.config import UserError, commit
+from ldm_jax.config import UserError
 from ldm_jax.interop.safetensors_file import HasSpec, Spec
 from ldm_jax.interop.torch_file import STORAGES
+from ldm_jax.paths import commit
 
 _ROOT = "archive"
 _ALIGNMENT = 64  # bytes; torch's own, which lets it map a file

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from ldm_jax.config import UserError
+from ldm_jax.paths import absolute
 from ldm_jax.sharding.rules import path_string
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,10 @@ class Checkpoints:
             UserError: `every` or `keep` is not positive.
         """
         import orbax.checkpoint as ocp
-        from etils import epath
 
         if every < 1 or (keep is not None and keep < 1):
             raise UserError(f"checkpoint.every={every} and checkpoint.keep={keep} must be at least 1")
-        path = epath.Path(directory)
-        self._directory = path if "://" in os.fspath(path) else path.absolute()
+        self._directory = absolute(directory)
         self._every = every
         self._damaged: list[int] = []
         self._at: int | None = None  # the step last saved or restored here

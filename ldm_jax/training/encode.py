@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -18,6 +17,7 @@ from ldm_jax.data.pipeline import Batches, read_ahead, stack
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import mirror
 from ldm_jax.model_directory import Params
+from ldm_jax.paths import resolve
 from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated, split_host_arrays
 from ldm_jax.stages import FirstStage, compute_dtype, to_float
 
@@ -97,18 +97,20 @@ def ensure_cache(config: ConfigDict, workdir: WorkDir, encoder: Encoder, source:
         len(source),
         size,
         lambda examples, views: encoded(encoder, source, examples, views, config.data.workers),
+        config.data.copies,
     )
 
 
-def cache_directory(config: ConfigDict, workdir: WorkDir, mark: str) -> epath.Path:
+def cache_directory(config: ConfigDict, workdir: WorkDir, mark: str) -> Any:
     """Where the cache of a run that is known by its fingerprint lies."""
-    return (epath.Path(config.data.latents) if config.data.latents else workdir.latents) / mark
+    return (resolve(config.data.latents) if config.data.latents else workdir.latents) / mark
 
 
-def ensure_written(directory: epath.Path, meta: dict[str, Any], number: int, shard_size: int, make: Make) -> LatentCache:
+def ensure_written(directory: Any, meta: dict[str, Any], number: int, shard_size: int, make: Make, copies: str = "") -> LatentCache:
     """The cache in a directory with that `meta`; where it is missing or unfinished, every process makes its share of it now.
 
-    `make(examples, views)` gives the examples of a range of indices in order, with `views` views of each. Raises UserError.
+    `make(examples, views)` gives the examples of a range of indices in order, with `views` views of each; `copies` as of `LatentCache`.
+    Raises UserError.
     """
     mark = meta["fingerprint"]
     if not _agreed(is_complete(directory, mark)):
@@ -125,7 +127,7 @@ def ensure_written(directory: epath.Path, meta: dict[str, Any], number: int, sha
         if jax.process_index() == 0:
             writer.finish()
         _all_processes("latent cache complete")
-    return LatentCache(directory, mark)
+    return LatentCache(directory, mark, copies)
 
 
 def _agreed(complete: bool) -> bool:

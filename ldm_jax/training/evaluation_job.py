@@ -23,6 +23,7 @@ from ldm_jax.evaluation.pictures import Pictures, open_pictures
 from ldm_jax.evaluation.protocol import CENTRAL, CROP
 from ldm_jax.latent_diffusion import LatentDiffusion, load_model
 from ldm_jax.model_directory import find_model
+from ldm_jax.paths import resolve
 from ldm_jax.training.inputs import open_pictures_alone, open_source, scenes
 
 NUMBER = 50_000  # samples, as published numbers have
@@ -125,7 +126,7 @@ class Evaluation:
         self.load = load
         self.args, self.tools, self.prompts, self.sweep, self.command = args, tools, prompts, sweep, command
         self.overrides = overrides
-        self.output = Path(args.output)
+        self.output = resolve(args.output)
         self.config = configuration(args, overrides)
         self.options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
         if args.guidance:
@@ -172,7 +173,7 @@ class Evaluation:
             shown["captions"] = list(captions[: len(shown["samples"])])
         if outcome.neighbors:
             shown["neighbors"] = outcome.neighbors
-        run = Path(self.args.model) if self.args.model else None
+        run = resolve(self.args.model) if self.args.model else None
         return SimpleNamespace(
             title=title,
             described={

@@ -22,8 +22,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ldm_jax.config import WorkDir, write_json
+from ldm_jax.config import WorkDir
 from ldm_jax.data.pipeline import Batches
+from ldm_jax.paths import make_directory, write_json
 from ldm_jax.sharding.chips import peak_flops
 from ldm_jax.sharding.mesh import batch_sharding, check_batch, replicated, to_global
 from ldm_jax.sharding.rules import from_config, shardings
@@ -219,7 +220,7 @@ class _Run:
             scores = self.stage.evaluate(state)
             found = {"step": step, **{name: value if math.isfinite(value) else None for name, value in scores.items()}}
             if jax.process_index() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(path.parent)
                 write_json(path, found)
         known = {name: value for name, value in found.items() if name != "step" and value is not None}
         self.writer.write(step, {f"evaluation/{name}": value for name, value in known.items()})

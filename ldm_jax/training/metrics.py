@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.config import write_bytes
+from ldm_jax.paths import Mirror, write_bytes
 
 FILE = "metrics.jsonl"
 
@@ -47,8 +47,8 @@ class MetricWriter:
             return
         from tensorboardX import SummaryWriter  # slow to import
 
-        path = Path(workdir) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._mirror = Mirror(workdir, (FILE,))
+        path = self._mirror.folder / FILE
         if path.exists():
             cut(path, restored_step)
         self._file = path.open("a", encoding="utf-8")
@@ -66,11 +66,11 @@ class MetricWriter:
         self._pending = (step, time.time(), dict(scalars))
 
     def flush(self) -> None:
-        """Writes what is pending and hands it to the operating system."""
+        """Writes what is pending and hands it to the operating system, or to object storage."""
         if self._writes:
             self._write_pending()
-            self._file.flush()
             self._events.flush()
+            self._mirror.push()
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -78,6 +78,7 @@ class MetricWriter:
             self.flush()
             self._file.close()
             self._events.close()
+            self._mirror.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -96,6 +97,7 @@ class MetricWriter:
         for name, value in record.items():
             if value is not None:
                 self._events.add_scalar(name, value, step, walltime=when)
+        self._mirror.push(now=False)
 
 
 class Throughput:

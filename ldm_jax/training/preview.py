@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from ldm_jax.config import write_bytes
+from ldm_jax.paths import make_directory, write_bytes
 
 _TILE = 112  # pixels a small image is enlarged to, so that its caption can be read
 _LINES = 4
@@ -87,5 +87,5 @@ def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> byt
 
 def save_grid(path: Any, images: np.ndarray, columns: int, captions: Sequence[str] | None = None) -> None:
     """Writes the grid as a PNG, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_bytes(path, png_bytes(grid(images, columns, captions)))

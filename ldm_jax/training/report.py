@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import config as configs
+from ldm_jax import paths
 from ldm_jax.config import WorkDir
 from ldm_jax.evaluation.comparison import Comparison, compare, format_comparison
 from ldm_jax.evaluation.obedience import bicubic, fresh_examples, scores, shuffled, total_variation
@@ -38,7 +38,7 @@ def report_prompts(config: ConfigDict, workdir: WorkDir, model: LatentDiffusion)
     best, means = choose_guidance(draw, group.guidance, group.guidance_prompts, counts, resolution)
     table = prompt_accuracy(draw, best, group.prompts, group.held_out, counts, resolution)
     model.info["sample"]["guidance"] = best
-    configs.write_json(workdir.path / "oracle.json", {"guidance": best, "all_by_guidance": means, "table": table})
+    paths.write_json(workdir.path / "oracle.json", {"guidance": best, "all_by_guidance": means, "table": table})
     print(f"guidance {best:g}, chosen on other prompts (share all correct by scale: { {k: round(v, 3) for k, v in means.items()} })")
     print(format_table(table), flush=True)
 
@@ -56,7 +56,7 @@ def report(config: ConfigDict, workdir: WorkDir, model: LatentDiffusion, source:
     if conditions == ["text"]:
         report_prompts(config, workdir, model)
     tables = {name: obedience(config, model, source, name) for name in conditions or [""]}
-    configs.write_json(workdir.path / "obedience.json", tables)
+    paths.write_json(workdir.path / "obedience.json", tables)
     for name, comparisons in tables.items():
         for against, table in comparisons.items():
             print(f"{name or 'no condition'}, against {against}\n{format_comparison(table)}", flush=True)

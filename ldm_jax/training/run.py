@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldm_jax import config as configs
+from ldm_jax import paths
 from ldm_jax.conditioning.tokenizer import Tokenizer
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.latents import LatentCache, weights_fingerprint
@@ -44,9 +45,8 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     source = open_source(config, workdir)
     check_components(config, workdir, source)
     workdir.claim(config, command, versions())
-    if "://" not in str(workdir.path):
-        compilation_cache.set_cache_dir(str((workdir.path / "compilation_cache").absolute()))
-        compilation_cache.reset_cache()  # whatever was compiled before, without a directory, has turned it off
+    compilation_cache.set_cache_dir(str(paths.absolute(workdir.path / "compilation_cache")))
+    compilation_cache.reset_cache()  # whatever was compiled before, without a directory, has turned it off
     if is_complete(workdir, config.train.steps):
         return workdir
     if config.task == "autoencoder":
@@ -228,7 +228,7 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
             tokenizer = Tokenizer.train(captions, text.vocab_size, text.max_length)
         else:
             tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
-        configs.write_bytes(path, tokenizer.to_json().encode())
+        paths.write_bytes(path, tokenizer.to_json().encode())
     return Tokenizer.load(path, text.max_length)
 
 
@@ -261,7 +261,7 @@ def settle_latents(config: ConfigDict, workdir: WorkDir, source: Source, model: 
             if kind in MEASURED:
                 mean, std = latent_statistics(encoder, source, config.first_stage.statistics_examples, config.data.workers)
             shift, scale = latent_scale(kind, mean, std)
-        configs.write_json(_latents_of(workdir), {"first_stage": encoder.fingerprint, "shift": shift, "scale": scale})
+        paths.write_json(_latents_of(workdir), {"first_stage": encoder.fingerprint, "shift": shift, "scale": scale})
     return learnt_latents(workdir, stage, encoder.fingerprint)
 
 

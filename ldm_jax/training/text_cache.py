@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import config as configs
+from ldm_jax import paths
 from ldm_jax.conditioning.conditioner import Conditioning
 from ldm_jax.conditioning.conditioners import TextConditioner
 from ldm_jax.config import UserError, WorkDir
@@ -84,7 +84,7 @@ def with_embeddings(config: ConfigDict, workdir: WorkDir, conditioning: Conditio
     note = workdir.path / "text_encoder.json"
     given = cache(lambda: _weights(config))  # read where they are needed, and once
     if starts or not note.exists():
-        configs.write_json(note, {"weights": given()[1]})
+        paths.write_json(note, {"weights": given()[1]})
     known = json.loads(note.read_text())["weights"]
 
     @cache
@@ -102,7 +102,7 @@ def with_embeddings(config: ConfigDict, workdir: WorkDir, conditioning: Conditio
     mark = _fingerprint(config, conditioner, known, latents)
     directory = cache_directory(config, workdir, mark)
     # One more than there are pictures: the last is the empty caption's.
-    return Embedded(latents, ensure_written(directory, {"fingerprint": mark}, len(latents) + 1, _SHARD, make))
+    return Embedded(latents, ensure_written(directory, {"fingerprint": mark}, len(latents) + 1, _SHARD, make, config.data.copies))
 
 
 def _weights(config: ConfigDict) -> tuple[Params, str]:
