@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from ldm_jax.config import WorkDir, write_json
 from ldm_jax.data.pipeline import Batches
+from ldm_jax.sharding.chips import peak_flops
 from ldm_jax.sharding.mesh import batch_sharding, check_batch, replicated, to_global
 from ldm_jax.sharding.rules import shardings
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.flops import count_flops
-from ldm_jax.training.metrics import MetricWriter, Throughput, peak_flops
+from ldm_jax.training.metrics import MetricWriter, Throughput
 from ldm_jax.training.optimizer import schedule_from_config
 from ldm_jax.training.preview import save_grid
 from ldm_jax.training.signals import StopSignals

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,24 +96,6 @@ class MetricWriter:
         for name, value in record.items():
             if value is not None:
                 self._events.add_scalar(name, value, step, walltime=when)
-
-
-# Dense bf16 operations a second of one chip, by the vendors' data sheets; the first pattern found in `device_kind` decides.
-_PEAKS = (
-    (r"H100 (?!PCIe|NVL)|H100$|H200", 989e12),
-    (r"A100", 312e12),
-    (r"TPU v6", 918e12),
-    (r"TPU v5 ?lite|TPU v5e", 197e12),
-    (r"TPU v5", 459e12),
-    (r"TPU v4$", 275e12),
-)
-
-
-def peak_flops(device_kind: str, dtype: Any) -> float | None:
-    """Peak operations a second of one chip (`jax.Device.device_kind`) in `dtype`; None where it is not known."""
-    if str(np.dtype(dtype)) not in ("bfloat16", "float16"):
-        return None
-    return next((peak for pattern, peak in _PEAKS if re.search(pattern, device_kind)), None)
 
 
 class Throughput:
