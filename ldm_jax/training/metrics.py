@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.config import write_bytes, write_json
+from ldm_jax.config import UserError, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,28 +34,55 @@ def cut(path: Path, last_step: int) -> None:
     write_bytes(path, b"".join(kept))
 
 
+class _Events:
+    """A TensorBoard event file, written by the thread that calls: that of tensorboardX's SummaryWriter dies of a full disk, and who feeds
+    it waits for ever."""
+
+    def __init__(self, directory: Path, purge_step: int) -> None:
+        """TensorBoard forgets what earlier files have of `purge_step` and behind it."""
+        from tensorboardX.event_file_writer import EventsWriter  # slow to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._writer = EventsWriter(str(directory / "events"))
+        self._writer.write_event(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, when: float, scalars: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._writer.write_event(Event(wall_time=when, step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class MetricWriter:
     """Appends {"step": n, "time": unix seconds, name: value, ...} to `workdir`/metrics.jsonl, and the same to TensorBoard events.
 
     Values may be arrays on a device: they are fetched at the next `write` (or `flush`), while the device works on the next step, so
     that the loop never waits for it. A value that is not finite is null in the file, as JSON has no NaN, and left out of the events.
-    Only process 0 writes.
+    Only process 0 writes. Each call raises UserError where the disk does not take it.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], restored_step: int = 0) -> None:
         """Opens the files; what an earlier run wrote after `restored_step` (0: a fresh run keeps step 0 only) is cut."""
+        self._workdir = workdir
         self._pending: tuple[int, float, dict[str, Any]] | None = None
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter  # slow to import
-
         path = Path(workdir) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            cut(path, restored_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(path.parent), purge_step=restored_step + 1)
+        with self._disk_errors():
+            if path.exists():
+                cut(path, restored_step)
+            self._file = path.open("a", encoding="utf-8")
+            self._events = _Events(path.parent, restored_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Takes the scalars of `step` and writes those of the call before."""
@@ -65,15 +92,17 @@ class MetricWriter:
             for value in scalars.values():
                 if isinstance(value, jax.Array):
                     value.copy_to_host_async()
-        self._write_pending()
+        with self._disk_errors():
+            self._write_pending()
         self._pending = (step, time.time(), dict(scalars))
 
     def flush(self) -> None:
         """Writes what is pending and hands it to the operating system."""
         if self._writes:
-            self._write_pending()
-            self._file.flush()
-            self._events.flush()
+            with self._disk_errors():
+                self._write_pending()
+                self._file.flush()
+                self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -86,7 +115,15 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        with suppress(*[UserError] if error else []):  # what came first says what is wrong
+            self.close()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write the metrics in {self._workdir}: {error.strerror or error}") from error
 
     def _write_pending(self) -> None:
         if self._pending is None:
@@ -96,9 +133,7 @@ class MetricWriter:
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(when, 3), **record}) + "\n")
         self._file.flush()
-        for name, value in record.items():
-            if value is not None:
-                self._events.add_scalar(name, value, step, walltime=when)
+        self._events.write(step, when, {name: value for name, value in record.items() if value is not None})
 
 
 class Throughput:
