@@ -43,7 +43,7 @@ def start(
 ) -> None:
     """Sets the process up before anything touches a device: logging, cluster, float64 where asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of each error that it raises
     from ldm_jax.sharding.distributed import initialize
     from ldm_jax.sharding.flags import set_environment
 
@@ -75,8 +75,8 @@ def guarded(main: Callable[[], int]) -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(BAD_INPUT)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        where = f" for {error.filename}" if error.filename else ""
-        sys.stderr.write(f"error: no space left on the disk{where}; free some and run the same command again\n")
+        where = f" {error.filename}" if error.filename else ""
+        sys.stderr.write(f"error: cannot write{where}: {error.strerror}; mend that and run the same command again\n")
         sys.exit(BAD_INPUT)

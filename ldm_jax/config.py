@@ -171,6 +171,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{prefix}optimizer.learning_rate must be a finite number from 0 up, not {group.optimizer.learning_rate}")
         if group.train.dtype not in ("auto", "bfloat16", "float32", "float64"):
             raise UserError(f"{prefix}train.dtype {group.train.dtype!r} is not one of auto, bfloat16, float32, float64")
+        _check_profile(group.train, f"{prefix}train.")
         if not group.ema.decays or any(not 0 < d < 1 for d in group.ema.decays):
             raise UserError(f"{prefix}ema.decays must be numbers between 0 and 1, not {group.ema.decays}")
         if group.optimizer.warmup > group.train.steps:
@@ -268,6 +269,14 @@ def _check_positive(group: ConfigDict, prefix: str, names: Sequence[str]) -> Non
             raise UserError(f"{prefix}{name} must be at least 1, not {group[name]}")
 
 
+def _check_profile(train: ConfigDict, prefix: str) -> None:
+    if train.profile and not (len(train.profile) == 2 and 2 <= train.profile[0] <= train.profile[1] <= train.steps):
+        raise UserError(
+            f"{prefix}profile is () or the first and the last update of a trace, from 2 (the first one compiles) to {prefix}steps"
+            f" ({train.steps}), not {train.profile}"
+        )
+
+
 def check_resolution(config: ConfigDict, factor: int) -> None:
     """Raises UserError where the pictures do not go through an autoencoder of this factor, or its latents through the denoiser."""
     halvings = len(config.denoiser.channel_mult) - 1
@@ -298,7 +307,7 @@ def first_stage_run(config: ConfigDict) -> ConfigDict:
 # when. (`steps` stretches a schedule that decays; `init_from` is read once, at the start; whose first stage a denoiser has is looked at
 # when it goes on: `learnt_latents`.)
 _FREE = re.compile(
-    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|max_nan|init_from|remat|accumulation)"
+    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|profile|max_nan|init_from|remat|accumulation)"
     r"|data\.(path|latents|copies|encode_batch|workers|max_broken)"
     r"|first_stage\.(path|loss\.(vgg|linear))"
 )
@@ -327,6 +336,8 @@ class WorkDir:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.evaluations = self.path / "evaluations"
+        self.not_finite = self.path / "not_finite"
+        self.profile = self.path / "profile"
         self.model = self.path / "model"
         self.latents = self.path / "latents"
 

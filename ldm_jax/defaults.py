@@ -32,6 +32,7 @@ def train() -> ConfigDict:
             "dtype": "auto",  # auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32 | float64
             "max_nan": 10,  # updates skipped in a row for a loss that is not finite before the run stops
             "log_every": 50,
+            "profile": (),  # first and last update of a profiler trace, (10, 15): WORKDIR/profile
             "init_from": "",  # a work or model directory whose weights the training starts from; gives a diffusion run its first stage too
         }
     )

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests import tiny
+
 KILLS = int(os.environ.get("LDM_JAX_KILLS", "5"))  # in each stage
 STEPS = 32
 LIMIT = 600  # seconds a process may take to reach the moment of its kill
@@ -87,9 +89,8 @@ def checkpoint(run: Path) -> dict[str, np.ndarray]:
 
 
 def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
-    clocks = ("time", "images_per_second", "data_wait", "tflops_per_second", "step")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(record["step"], {k: v for k, v in record.items() if k not in clocks}) for record in records]
+    return [(record["step"], {k: v for k, v in record.items() if k not in tiny.CLOCKED | {"step"}}) for record in records]
 
 
 @pytest.mark.slow

@@ -173,7 +173,8 @@ class AutoencoderStage:
         if self.follows:
             grads["codebook"] = jax.tree.map(jnp.subtract, state.params["codebook"], clusters)
         optimizers = {name: tx for name, tx in self.optimizers.items() if name in grads}
-        state, more = states.apply_updates(state, grads, metrics["loss/nll"], optimizers, tuple(self.config.ema.decays))
+        decays, max_nan = tuple(self.config.ema.decays), self.config.train.max_nan
+        state, more = states.apply_updates(state, grads, metrics["loss/nll"], optimizers, decays, max_nan)
         return state, metrics | more | {"gradient_norm": norm}
 
     def _noise(self, images: jax.Array, key: jax.Array) -> jax.Array | None:

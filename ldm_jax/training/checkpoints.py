@@ -7,7 +7,7 @@ that counts. Orbax takes long to import, hence the imports inside functions.
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,20 @@ from ldm_jax.paths import absolute
 from ldm_jax.sharding.rules import path_string
 
 logger = logging.getLogger(__name__)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
+class _Newest:
+    """Orbax's preservation policy: the newest `keep` good ones (None: all). The others go once the new one is complete."""
+
+    def __init__(self, keep: int | None, damaged: Collection[int]) -> None:
+        self._keep, self._damaged = keep, damaged
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        good = sorted({info.step for info in checkpoints} - set(self._damaged))
+        newest = good if self._keep is None else good[-self._keep :]
+        return [info.step in newest for info in checkpoints]
 
 
 class Checkpoints:
@@ -41,7 +55,7 @@ class Checkpoints:
         if read_only:  # Orbax's own default would remove what another process is about to complete
             options = ocp.CheckpointManagerOptions(read_only=True, create=False)
         else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(preservation_policy=_Newest(keep, self._damaged), cleanup_tmp_directories=True)
         with self._disk_errors():
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
@@ -57,7 +71,8 @@ class Checkpoints:
         """Saves a pytree of arrays as `step`; the writing goes on in the background unless `wait`.
 
         The state is copied before this returns, so that the next step may be given its buffers. The step last saved or restored is left
-        as it is; another one of the same number, from an earlier run, is replaced.
+        as it is; another one of the same number, damaged or from an earlier run, is replaced. Old and damaged ones are removed only when
+        the new one is complete.
 
         Raises:
             UserError: no disk space, now or for the save before this one.
@@ -68,9 +83,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
             present = set(self._manager.all_steps())
             if step != self._at or step not in present:
-                for old in {*self._damaged, step} & present:
-                    self._manager.delete(old)
-                self._damaged = []
+                if step in present:
+                    self._manager.delete(step)
+                    self._damaged[:] = [damaged for damaged in self._damaged if damaged != step]
                 self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
                 self._at = step
         if wait:
@@ -79,7 +94,7 @@ class Checkpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> Any:
         """The state of `step`, or the newest that can be read, on the devices of the shardings in `abstract_state`.
 
-        A damaged newest checkpoint is passed over with a warning, and removed at the next save; one asked for by `step` is not.
+        A damaged newest checkpoint is passed over with a warning, and removed after the next save; one asked for by `step` is not.
 
         Args:
             abstract_state: a tree of `jax.ShapeDtypeStruct`, each with its sharding, on whatever mesh.
@@ -144,10 +159,17 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            # Tensorstore reports a full disk as a ValueError with the system's words in it.
-            if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-                raise UserError(f"no disk space left for checkpoints in {self._directory}: free some, or lower checkpoint.keep") from error
-            raise
+            # Tensorstore reports what the disk says as a ValueError with the system's words in it.
+            number = next((n for n in (*_FULL, *_REFUSED) if getattr(error, "errno", None) == n or os.strerror(n) in str(error)), None)
+            if number is None:
+                raise
+            if number in _FULL:
+                advice = (
+                    f"no disk space left for checkpoints in {self._directory} ({os.strerror(number)}): free some, or lower checkpoint.keep"
+                )
+            else:
+                advice = f"cannot write checkpoints in {self._directory}: {os.strerror(number)}"
+            raise UserError(f"{advice}; the same command goes on from the last complete one") from error
 
 
 def _check_same_leaves(stored_tree: Any, wanted_tree: Any, where: str) -> None:

@@ -175,7 +175,8 @@ class DiffusionStage:
             return value, buckets, grads
 
         value, buckets, grads = states.accumulate(one, (*draws, arrays), self.config.train.accumulation)
-        state, metrics = states.apply_updates(state, grads, value, self.optimizers, tuple(self.config.ema.decays))
+        decays, max_nan = tuple(self.config.ema.decays), self.config.train.max_nan
+        state, metrics = states.apply_updates(state, grads, value, self.optimizers, decays, max_nan)
         by_time = buckets["sums"] / buckets["counts"]
         return state, metrics | {"loss": value} | {f"loss/t{i}": by_time[i] for i in range(TIME_BUCKETS)}
 

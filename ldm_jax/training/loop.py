@@ -12,12 +12,14 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -25,18 +27,20 @@ from tqdm import tqdm
 from ldm_jax.config import WorkDir
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.paths import make_directory, write_json
-from ldm_jax.sharding.chips import peak_flops
+from ldm_jax.sharding.chips import find_chip
 from ldm_jax.sharding.mesh import batch_sharding, check_batch, replicated, to_global
 from ldm_jax.sharding.rules import from_config, shardings
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.flops import count_flops
-from ldm_jax.training.metrics import MetricWriter, Throughput
+from ldm_jax.training.metrics import Goodput, MetricWriter, Throughput, memory_in_use
 from ldm_jax.training.optimizer import schedule_from_config
 from ldm_jax.training.preview import save_grid
+from ldm_jax.training.profile import Profiler
 from ldm_jax.training.signals import StopSignals
-from ldm_jax.training.state import Metrics, State, with_params
+from ldm_jax.training.state import Metrics, State, before_skipped, with_params
 
 logger = logging.getLogger(__name__)
+_NAMED = 16  # examples of a batch that a message names; the file that it points to has all
 
 
 class Stage(Protocol):
@@ -125,17 +129,16 @@ def train(stage: Stage, workdir: WorkDir, mesh: Mesh) -> State:
       TrainingFailed: after `train.max_nan` skipped updates in a row.
       UserError: the batch does not fit the mesh.
     """
-    config = stage.config
+    config, began = stage.config, time.time()
     check_batch(config.train.batch_size, mesh, config.train.accumulation)
     with Checkpoints(workdir.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
         state, start = restore_or_init(stage, mesh, checkpoints)
         if start <= config.train.steps:
             with MetricWriter(workdir.path, start) as writer, StopSignals() as signals:
-                run = _Run(stage, workdir, mesh, checkpoints, writer, signals)
+                run = _Run(stage, workdir, mesh, checkpoints, writer, signals, Goodput(workdir.path, start, began))
                 if start < config.train.steps:
                     state = run.steps(state, start)
-                    writer.flush()
-                    checkpoints.save(config.train.steps, state, wait=True)  # before anything that may fail
+                    run.save(config.train.steps, state, wait=True)  # before anything that may fail
                 run.finish(state)
                 if signals.requested:
                     raise Stopped(f"stopped after the last step of the {stage.name}; the same command goes on from there")
@@ -146,15 +149,25 @@ class _Run:
     """One session of a run: what the turns of the loop share."""
 
     def __init__(
-        self, stage: Stage, workdir: WorkDir, mesh: Mesh, checkpoints: Checkpoints, writer: MetricWriter, signals: StopSignals
+        self,
+        stage: Stage,
+        workdir: WorkDir,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        writer: MetricWriter,
+        signals: StopSignals,
+        goodput: Goodput,
     ) -> None:
         self.stage, self.config, self.workdir, self.mesh = stage, stage.config, workdir, mesh
-        self.checkpoints, self.writer, self.signals = checkpoints, writer, signals
+        self.checkpoints, self.writer, self.signals, self.goodput = checkpoints, writer, signals, goodput
         self.root = jax.device_put(jax.random.key(self.config.seed), replicated(mesh))
         self.batches = stage.batches(process_index=jax.process_index(), process_count=jax.process_count())
         self.schedule = schedule_from_config(self.config.optimizer, self.config.train.steps)
-        self.meter: Throughput | None = None
+        chip = find_chip(jax.devices()[0].device_kind)
+        self.meter = Throughput(self.config.train.batch_size, mesh.size, chip.peak_bf16 if chip else None)
+        self.norm = jax.jit(optax.tree.norm)
         self.metered: bool | None = None
+        self.compiled: set[tuple[Any, ...]] = set()
         self.pending: tuple[int, Metrics] | None = None
 
     def steps(self, state: State, start: int) -> State:
@@ -163,19 +176,29 @@ class _Run:
         step_fn = make_step(self.stage, self.mesh, state)
         for note in self.stage.notes() if start == 0 else ():
             logger.warning(note)
-        with closing(self.batches.iterate(start)) as data, self._progress(start) as bar:
+        profiler = Profiler(self.workdir.profile, self.config.train.profile, start)
+        with closing(self.batches.iterate(start)) as data, self._progress(start) as bar, profiler:
             for step in range(start, total):
                 self._between(state, step)
                 self._meter_for(step, state)
-                assert self.meter is not None
-                with self.meter.waiting():
-                    batch = next(data)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, to_global(batch, self.mesh), self.root, self.stage.phase(step))
+                if profiler.starts(step + 1):
+                    jax.block_until_ready(state)
+                with profiler.update(step + 1):
+                    with self.meter.waiting():
+                        batch = next(data)
+                    with self._compiling(step, batch), jax.transfer_guard("disallow"):
+                        state, metrics = step_fn(state, to_global(batch, self.mesh), self.root, self.stage.phase(step))
                 self.meter.step()
-                self._record(step + 1, metrics, bar)
-        self._check_finite()
+                profiler.started(step + 1, metrics)
+                self._record(step + 1, state, metrics, bar)
+        self._check_finite(state)
         return state
+
+    def save(self, step: int, state: State, wait: bool = False) -> None:
+        """A checkpoint, after what is written of the updates before it: who goes on from it keeps that."""
+        self.writer.flush()
+        self.goodput.save(step, self.meter.productive)
+        self.checkpoints.save(step, state, wait=wait)
 
     def finish(self, state: State) -> None:
         """Preview and evaluation after the last update."""
@@ -188,20 +211,24 @@ class _Run:
         """Checkpoint and preview before the batch of `step` is drawn."""
         stopping = self.signals.requested
         if self.checkpoints.due(step) or stopping:
-            with self._pause():
-                self.writer.flush()  # who goes on from this checkpoint keeps what is written of the updates before it
-                self.checkpoints.save(step, state, wait=stopping)
+            self._check_finite(state)
+            with self._pause(state):
+                self.save(step, state, wait=stopping)
         if stopping:
             raise Stopped(f"stopped at step {step} with a complete checkpoint; the same command goes on from there")
         if step % self.config.sample.every == 0:
-            with self._pause():
+            with self._pause(state):
                 self._preview(state, step)
         if step and self.config.evaluate.every and step % self.config.evaluate.every == 0:
-            with self._pause():
+            with self._pause(state):
                 self._evaluate(state, step)
 
-    def _pause(self) -> AbstractContextManager[None]:
-        return self.meter.paused() if self.meter else nullcontext()
+    @contextmanager
+    def _pause(self, state: State) -> Iterator[None]:
+        """Around what is no training and begins by waiting for the state anyway."""
+        jax.block_until_ready(state)
+        with self.meter.paused():
+            yield
 
     def _preview(self, state: State, step: int) -> None:
         path = self.workdir.samples / f"{step:08d}.png"
@@ -226,36 +253,62 @@ class _Run:
         self.writer.write(step, {f"evaluation/{name}": value for name, value in known.items()})
 
     def _meter_for(self, step: int, state: State) -> None:
-        """A fresh meter at the start and where the program changes: its operations are counted from its own trace."""
+        """A new window at the start and where the program changes: its operations are counted from its own trace."""
         phase = self.stage.phase(step)
-        if self.meter is None or phase != self.metered:
-            flops = step_flops(self.stage, self.batches, state, phase)
-            peak = peak_flops(jax.devices()[0].device_kind, self.stage.dtype)
-            self.meter = Throughput(self.config.train.batch_size, flops, peak * self.mesh.size if peak else None)
+        if phase != self.metered:
+            with self.meter.paused():
+                flops = step_flops(self.stage, self.batches, state, phase)
+            self.meter.begin(flops)
             self.metered = phase
 
-    def _record(self, step: int, metrics: Metrics, bar: Any) -> None:
-        self._check_finite()
+    def _compiling(self, step: int, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Around the start of an update: the first one of each program, that is phase and shapes, waits for its compilation."""
+        program = (self.stage.phase(step), *(v.shape for v in batch.values() if isinstance(v, np.ndarray)))
+        if program in self.compiled:
+            return nullcontext()
+        self.compiled.add(program)
+        return self.meter.paused()
+
+    def _record(self, step: int, state: State, metrics: Metrics, bar: Any) -> None:
+        self._check_finite(state)
         self.pending = (step, metrics)
         metrics["skipped_in_a_row"].copy_to_host_async()
         bar.update()
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            assert self.meter is not None
-            speed = self.meter.report()
-            self.writer.write(step, {**metrics, **speed, "learning_rate": self.schedule(step - 1)})
+            speed = self.meter.report() | memory_in_use() | {"goodput": self.goodput.share(self.meter.productive)}
+            self.writer.write(
+                step, {**metrics, **speed, "parameter_norm": self.norm(state.params), "learning_rate": self.schedule(step - 1)}
+            )
             bar.set_postfix_str(f"{speed['images_per_second']:.0f} images/s, data wait {100 * speed['data_wait']:.1f} %")
 
-    def _check_finite(self) -> None:
-        """Looks at the update before: the one at hand is still running."""
+    def _check_finite(self, state: State) -> None:
+        """Looks at the update before, as the one at hand, whose `state` this is, is still running."""
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
         in_a_row = int(jax.device_get(metrics["skipped_in_a_row"]))
-        if in_a_row:
-            logger.warning("update %d skipped: its loss or a gradient is not finite", step)
+        if not in_a_row:
+            return
+        indices, path = self.batches.indices(step - 1).tolist(), self.workdir.not_finite / f"{step:08d}.json"
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"step": step, "examples": indices})
+        examples = f"{indices[:_NAMED]}" + (f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else "") + f" ({path})"
+        logger.warning("update %d skipped: its loss or a gradient is not finite; its batch held the examples %s", step, examples)
         if in_a_row >= self.config.train.max_nan:
-            indices = self.batches.indices(step - 1).tolist()
-            raise TrainingFailed(f"{in_a_row} updates in a row were not finite, up to step {step}; its batch held the examples {indices}")
+            raise TrainingFailed(
+                f"{in_a_row} updates in a row were not finite, up to step {step}; its batch held the examples {examples};"
+                f" {self._keep_good(state)}; a larger max_nan skips more"
+            )
+
+    def _keep_good(self, state: State) -> str:
+        """Leaves a checkpoint of the state before the updates skipped in a row, where none holds it, and says what there is."""
+        good = before_skipped(state)
+        step, kept = int(good.step), self.checkpoints.latest() or 0
+        if step > kept:
+            self.save(step, good, wait=True)
+        at = max(step, kept)
+        return f"the parameters before them are in the checkpoint of step {at}" if at else "there was no update before them"
 
     def _progress(self, start: int) -> Any:
         return tqdm(

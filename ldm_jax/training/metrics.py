@@ -1,11 +1,12 @@
-"""Scalars of a run: JSON lines and TensorBoard events, written one step late, and a meter of speed."""
+"""Scalars of a run: JSON lines and TensorBoard events, written one step late; meters of speed, memory and goodput."""
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.paths import Mirror, write_bytes
+from ldm_jax.errors import UserError
+from ldm_jax.paths import Mirror, reported, write_bytes, write_json
+
+logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 
@@ -31,28 +35,55 @@ def cut(path: Path, last_step: int) -> None:
     write_bytes(path, b"".join(kept))
 
 
+class _Events:
+    """A TensorBoard event file, written by the thread that calls: that of tensorboardX's SummaryWriter dies of a full disk, and who feeds
+    it waits for ever."""
+
+    def __init__(self, directory: Path, purge_step: int) -> None:
+        """TensorBoard forgets what earlier files have of `purge_step` and behind it."""
+        from tensorboardX.event_file_writer import EventsWriter  # slow to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._writer = EventsWriter(str(directory / "events"))
+        self._writer.write_event(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, when: float, scalars: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._writer.write_event(Event(wall_time=when, step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class MetricWriter:
     """Appends {"step": n, "time": unix seconds, name: value, ...} to `workdir`/metrics.jsonl, and the same to TensorBoard events.
 
     Values may be arrays on a device: they are fetched at the next `write` (or `flush`), while the device works on the next step, so
     that the loop never waits for it. A value that is not finite is null in the file, as JSON has no NaN, and left out of the events.
-    Only process 0 writes.
+    Only process 0 writes. Each call raises UserError where the disk does not take it.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], restored_step: int = 0) -> None:
         """Opens the files; what an earlier run wrote after `restored_step` (0: a fresh run keeps step 0 only) is cut."""
+        self._workdir = workdir
         self._pending: tuple[int, float, dict[str, Any]] | None = None
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter  # slow to import
-
         self._mirror = Mirror(workdir, (FILE,))
         path = self._mirror.folder / FILE
-        if path.exists():
-            cut(path, restored_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(path.parent), purge_step=restored_step + 1)
+        with self._reported():
+            if path.exists():
+                cut(path, restored_step)
+            self._file = path.open("a", encoding="utf-8")
+            self._events = _Events(path.parent, restored_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Takes the scalars of `step` and writes those of the call before."""
@@ -62,14 +93,16 @@ class MetricWriter:
             for value in scalars.values():
                 if isinstance(value, jax.Array):
                     value.copy_to_host_async()
-        self._write_pending()
+        with self._reported():
+            self._write_pending()
         self._pending = (step, time.time(), dict(scalars))
 
     def flush(self) -> None:
         """Writes what is pending and hands it to the operating system, or to object storage."""
         if self._writes:
-            self._write_pending()
-            self._events.flush()
+            with self._reported():
+                self._write_pending()
+                self._events.flush()
             self._mirror.push()
 
     def close(self) -> None:
@@ -84,7 +117,11 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        with suppress(*[UserError] if error else []):  # what came first says what is wrong
+            self.close()
+
+    def _reported(self) -> AbstractContextManager[None]:
+        return reported("write the metrics in", self._workdir)
 
     def _write_pending(self) -> None:
         if self._pending is None:
@@ -94,34 +131,43 @@ class MetricWriter:
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(when, 3), **record}) + "\n")
         self._file.flush()
-        for name, value in record.items():
-            if value is not None:
-                self._events.add_scalar(name, value, step, walltime=when)
+        self._events.write(step, when, {name: value for name, value in record.items() if value is not None})
         self._mirror.push(now=False)
 
 
 class Throughput:
-    """Speed since the last report: images a second, the share of time spent waiting for data, TFLOP a second and MFU.
+    """Speed since the last report, and the seconds spent in updates by this session.
 
     Args:
         images_per_step: the global batch size.
-        flops_per_step: operations of one update on the global batch (`flops.count_flops`); None leaves the figures of work out.
-        peak: operations a second of all chips together, or None.
+        chips: devices of the mesh.
+        peak: operations a second of one chip, or None.
         clock: monotonic seconds.
     """
 
     def __init__(
-        self,
-        images_per_step: int,
-        flops_per_step: float | None = None,
-        peak: float | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        self, images_per_step: int, chips: int = 1, peak: float | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self._images, self._flops, self._peak, self._clock = images_per_step, flops_per_step, peak, clock
+        self._images, self._chips, self._peak, self._clock = images_per_step, chips, peak, clock
+        self._flops: float | None = None
+        self._earlier = 0.0
         self._reset()
 
     def _reset(self) -> None:
         self._start, self._steps, self._waited, self._paused = self._clock(), 0, 0.0, 0.0
+
+    def _seconds(self) -> float:
+        return self._clock() - self._start - self._paused
+
+    @property
+    def productive(self) -> float:
+        """Seconds of this session that were not `paused`."""
+        return self._earlier + self._seconds()
+
+    def begin(self, flops_per_step: float) -> None:
+        """Starts a new window, with a program of so many operations an update on the global batch (`flops.count_flops`)."""
+        self._earlier, self._flops = self.productive, flops_per_step
+        self._reset()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -132,7 +178,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: checkpoints, samples, evaluation. This time counts nowhere."""
+        """Around what is no training: compilation, checkpoints, samples, evaluation. This time counts nowhere."""
         start = self._clock()
         yield
         self._paused += self._clock() - start
@@ -142,16 +188,68 @@ class Throughput:
         self._steps += 1
 
     def report(self) -> dict[str, float]:
-        """`images_per_second`, `data_wait` in [0, 1], and where known `tflops_per_second` and `mfu`; starts a new window.
+        """`step_time` in seconds, `images_per_second` (`_per_chip`), `data_wait` in [0, 1], and where known `tflops_per_second`
+        (`_per_chip`) and `mfu`; starts a new window.
 
         Exact where the device was waited for at both ends of the window, and close to it over many steps otherwise.
         """
-        seconds = max(self._clock() - self._start - self._paused, 1e-9)
-        figures = {"images_per_second": self._steps * self._images / seconds, "data_wait": self._waited / seconds}
+        seconds = max(self._seconds(), 1e-9)
+        images = self._steps * self._images / seconds
+        figures = {"step_time": seconds / max(self._steps, 1), "data_wait": self._waited / seconds}
+        figures |= {"images_per_second": images, "images_per_second_per_chip": images / self._chips}
         if self._flops is not None:
             rate = self._steps * self._flops / seconds
-            figures["tflops_per_second"] = rate / 1e12
+            figures |= {"tflops_per_second": rate / 1e12, "tflops_per_second_per_chip": rate / 1e12 / self._chips}
             if self._peak is not None:
-                figures["mfu"] = rate / self._peak
+                figures["mfu"] = rate / self._chips / self._peak
+        self._earlier = self.productive
         self._reset()
         return figures
+
+
+def memory_in_use() -> dict[str, float]:
+    """`hbm_gib` and `hbm_peak_gib`: what the fullest of this process's devices holds, now and at most; {} where they do not tell."""
+    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
+    names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
+    return {name: max(s[key] for s in stats) / 2**30 for name, key in names.items() if stats and all(key in s for s in stats)}
+
+
+class Goodput:
+    """The share of the time since a stage's training first began that its updates took, over all sessions.
+
+    `workdir`/goodput.json holds when that was, and the seconds that the updates up to each checkpoint took: a session goes on from
+    those of the checkpoint that it was restored from. So whatever else the time went into is lost: updates behind the last checkpoint
+    of a killed session, the time between sessions, start-up, compilation, checkpoints, samples, evaluations. Waiting for data is part of an
+    update (`data_wait` is its share). Only process 0 writes.
+    """
+
+    def __init__(self, workdir: Any, restored_step: int, began: float, clock: Callable[[], float] = time.time) -> None:
+        """`began`: when this session did, in the seconds of `clock`; of the first one it is kept."""
+        self._path, self._clock = workdir / "goodput.json", clock
+        self._began, self._productive = began, {0: 0.0}
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        if self._path.exists():
+            try:
+                stored = json.loads(self._path.read_text())
+                productive = {int(step): float(seconds) for step, seconds in stored["productive"].items()}
+                self._began = float(stored["began"])
+                self._productive |= {step: seconds for step, seconds in productive.items() if step <= restored_step}
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                logger.warning("%s is damaged (%s): goodput counts from now", self._path, error)
+        self._earlier = self._productive[max(self._productive)]
+        self._write()
+
+    def save(self, step: int, productive: float) -> None:
+        """Before the checkpoint of `step`; `productive`: this session's seconds in updates so far."""
+        if self._writes:
+            self._productive[step] = self._earlier + productive
+            self._write()
+
+    def share(self, productive: float) -> float:
+        """In [0, 1], now; NaN on other processes than 0."""
+        return (self._earlier + productive) / max(self._clock() - self._began, 1e-9) if self._writes else math.nan
+
+    def _write(self) -> None:
+        write_json(self._path, {"began": self._began, "productive": self._productive})

@@ -76,10 +76,14 @@ def apply_updates(
     loss: jax.Array,
     optimizers: dict[str, optax.GradientTransformation],
     decays: tuple[float, ...],
+    max_nan: int,
 ) -> tuple[State, Metrics]:
-    """One update of every network that `grads` names, or none at all where the loss or a gradient is not finite (the step still counts)."""
+    """One update of every network that `grads` names, or none at all where the loss or a gradient is not finite (the step still counts).
+
+    After `max_nan` skipped in a row none is made any more: the loop, which looks one update late, finds the state as it was before them.
+    """
     norm = optax.tree.norm(grads)
-    fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+    fine = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.skipped_in_a_row < max_nan)
     params, opt = dict(state.params), dict(state.opt)
     for name, tx in optimizers.items():
         part = grads if name == "all" else grads[name]
@@ -96,6 +100,12 @@ def apply_updates(
     state = replace(kept, step=step, skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + 1) * bad)
     metrics = {"gradient_norm": norm, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
     return state, metrics
+
+
+def before_skipped(state: State) -> State:
+    """The state before the updates that were skipped in a row: they have moved nothing but the counters."""
+    row = state.skipped_in_a_row
+    return replace(state, step=state.step - row, skipped=state.skipped - row, skipped_in_a_row=row - row)
 
 
 def accumulate(fn: Callable[[Tree], Tree], batch: Tree, parts: int) -> Tree:

@@ -108,9 +108,8 @@ def test_settings_out_of_range_are_refused() -> None:
 
 
 def losses_of(path: Path) -> list[dict]:
-    clocks = ("time", "images_per_second", "data_wait", "tflops_per_second")
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in clocks} for record in records if "loss" in record or "loss/nll" in record]
+    return [{k: v for k, v in record.items() if k not in tiny.CLOCKED} for record in records if "loss" in record or "loss/nll" in record]
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ class LineStage:
             return jnp.mean(jnp.square(batch["x"] @ params["net"]["w"] - noise)) * (2 if phase else 1)
 
         value, grads = jax.value_and_grad(loss)(state.params)
-        state, metrics = states.apply_updates(state, grads, value, self.optimizers, (0.9,))
+        state, metrics = states.apply_updates(state, grads, value, self.optimizers, (0.9,), self.config.train.max_nan)
         return state, metrics | {"loss": value}
 
     def batches(self, **kwargs: Any) -> Batches:
@@ -132,8 +132,12 @@ def test_a_run_leaves_every_metric_its_checkpoints_and_previews(config: Any, mes
     assert int(state.step) == 12 and stage.seen == list(range(12))
     assert [line["step"] for line in lines(tmp_path)] == [5, 10, 12]
     for line in lines(tmp_path):
-        assert {"loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped"} <= line.keys()
-        assert line["loss"] > 0 and line["learning_rate"] == pytest.approx(0.1) and 0 <= line["data_wait"] <= 1
+        assert {"loss", "gradient_norm", "parameter_norm", "learning_rate", "skipped"} <= line.keys()
+        assert line.keys() >= tiny.CLOCKED - {"mfu", "hbm_gib", "hbm_peak_gib"}  # of what is known on this device
+        assert line["loss"] > 0 and line["learning_rate"] == pytest.approx(0.1)
+        assert 0 <= line["data_wait"] <= 1 and 0 < line["goodput"] < 1 and line["step_time"] > 0
+    assert line["parameter_norm"] == pytest.approx(float(np.linalg.norm(state.params["net"]["w"])), rel=1e-6)
+    assert json.loads((tmp_path / "goodput.json").read_text())["productive"].keys() == {"0", "4", "8", "12"}
     assert kept(tmp_path) == [4, 8, 12]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["00000000.png", "00000006.png", "00000012.png"]
     assert list(tmp_path.glob("events.*"))
@@ -236,6 +240,16 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(config: Any, mesh: 
     assert [line["skipped"] for line in lines(tmp_path)] == [0, 0, 1, 1] and int(state.skipped) == 1
     assert int(state.step) == 4 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert "update 3 skipped" in caplog.text
+
+
+def test_the_gradient_norm_is_that_before_clipping(config: Any, mesh: Any, tmp_path: Path) -> None:
+    config.train.steps = 1
+    norms = []
+    for clip in (0.0, 1e-6):
+        config.optimizer.clip_norm = clip
+        run(LineStage(config, Numbers()), tmp_path / str(clip), mesh)
+        norms += [lines(tmp_path / str(clip))[0]["gradient_norm"]]
+    assert norms[0] == norms[1] > 1e-3
 
 
 def test_too_many_in_a_row_end_the_run_and_name_the_examples(config: Any, mesh: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ldm_jax.training.metrics import MetricWriter, Throughput
+from ldm_jax.training.metrics import Goodput, MetricWriter, Throughput, memory_in_use
 
 
 def records(workdir):
@@ -48,25 +48,81 @@ def test_file_is_cut_at_the_restored_step(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_throughput_closed_form():
+class Clock:
     now = 100.0
 
-    def pass_time(seconds):
-        nonlocal now
-        now += seconds
+    def __call__(self):
+        return self.now
 
-    meter = Throughput(images_per_step=32, flops_per_step=5e12, peak=100e12, clock=lambda: now)
+    def advance(self, seconds):
+        self.now += seconds
+
+
+def test_throughput_closed_form():
+    clock = Clock()
+    meter = Throughput(images_per_step=32, chips=4, peak=25e12, clock=clock)
+    with meter.paused():
+        clock.advance(7)  # compilation
+    meter.begin(flops_per_step=5e12)
     for _ in range(4):
         with meter.waiting():
-            pass_time(0.1)
-        pass_time(0.4)
+            clock.advance(0.1)
+        clock.advance(0.4)
         meter.step()
     with meter.paused():
-        pass_time(50)
+        clock.advance(50)
     report = meter.report()
-    expected = {"images_per_second": 64, "data_wait": 0.2, "tflops_per_second": 10, "mfu": 0.1}
-    assert report == pytest.approx(expected)
-    pass_time(1)
+    speed = {"step_time": 0.5, "images_per_second": 64, "images_per_second_per_chip": 16, "data_wait": 0.2}
+    work = {"tflops_per_second": 10, "tflops_per_second_per_chip": 2.5, "mfu": 0.1}
+    assert report == pytest.approx(speed | work)
+    assert meter.productive == pytest.approx(2)
+    clock.advance(1)
     meter.step()
-    assert meter.report()["images_per_second"] == pytest.approx(32)
-    assert set(Throughput(32, clock=lambda: now).report()) == {"images_per_second", "data_wait"}
+    assert meter.productive == pytest.approx(3)
+    meter.begin(flops_per_step=1e12)
+    clock.advance(2)
+    meter.step()
+    assert meter.report()["tflops_per_second"] == pytest.approx(0.5) and meter.productive == pytest.approx(5)
+    assert set(Throughput(32, clock=clock).report()) == speed.keys()
+
+
+def test_goodput_counts_the_updates_that_stay_and_all_the_time(tmp_path):
+    clock = Clock()
+    first = Goodput(tmp_path, 0, clock(), clock)
+    clock.advance(10)
+    assert first.share(8) == pytest.approx(0.8)
+    first.save(100, 8)
+    clock.advance(10)
+    assert first.share(17) == pytest.approx(
+        17 / 20
+    )  # killed: the 9 seconds behind the checkpoint are lost, and so are 20 until it starts again
+    clock.advance(20)
+    second = Goodput(tmp_path, 100, clock(), clock)
+    assert second.share(0) == pytest.approx(8 / 40)
+    clock.advance(10)
+    second.save(200, 10)
+    assert second.share(10) == pytest.approx(18 / 50)
+    third = Goodput(tmp_path, 100, clock(), clock)  # the checkpoint of 200 was damaged
+    assert third.share(0) == pytest.approx(8 / 50)
+    third.save(150, 1)
+    assert json.loads((tmp_path / "goodput.json").read_text()) == {"began": 100.0, "productive": {"0": 0.0, "100": 8.0, "150": 9.0}}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"began": 1}', '{"began": 1, "productive": {"x": 2}}'])
+def test_goodput_begins_anew_where_its_file_is_damaged(tmp_path, caplog, content):
+    (tmp_path / "goodput.json").write_text(content)
+    clock = Clock()
+    goodput = Goodput(tmp_path, 10, clock(), clock)
+    clock.advance(4)
+    assert goodput.share(1) == pytest.approx(0.25) and "goodput.json is damaged" in caplog.text
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device({"bytes_in_use": n * 2**30, "peak_bytes_in_use": 9 * 2**30}) for n in (1, 3)])
+    assert memory_in_use() == {"hbm_gib": 3, "hbm_peak_gib": 9}
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(None)])
+    assert memory_in_use() == {}
