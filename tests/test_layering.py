@@ -76,7 +76,7 @@ def test_imports_come_from_floors_below(module: str) -> None:
 
 def test_every_room_has_a_floor() -> None:
     beside = {module for module in MODULES if room(module) == "front doors"}
-    commands = ("train", "encode", "sample", "evaluate", "convert", "check_data", "neighbors")
+    commands = ("train", "encode", "sample", "evaluate", "compile", "convert", "check_data", "neighbors")
     assert beside == {"ldm_jax", "ldm_jax.cli", *(f"ldm_jax.{name}" for name in commands)}
     assert {room(module) for module in MODULES} | {"interop"} == set(FLOORS)
 

@@ -291,7 +291,7 @@ class _Run:
             return
         indices, path = self.batches.indices(step - 1).tolist(), self.workdir.not_finite / f"{step:08d}.json"
         if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             write_json(path, {"step": step, "examples": indices})
         examples = f"{indices[:_NAMED]}" + (f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else "") + f" ({path})"
         logger.warning("update %d skipped: its loss or a gradient is not finite; its batch held the examples %s", step, examples)
