@@ -44,6 +44,7 @@ def start(
     """Sets the process up before anything touches a device: logging, cluster, float64 where asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of each error that it raises
+    sys.unraisablehook = _unraisable
     from ldm_jax.sharding.distributed import initialize
     from ldm_jax.sharding.flags import set_environment
 
@@ -53,6 +54,12 @@ def start(
     initialize(coordinator, num_processes, process_id)
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """What nobody can catch goes to stderr, but for the other reads and writes of a checkpoint of which one has failed, and was told."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def keep_freed_memory() -> None:

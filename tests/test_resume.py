@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests import tiny
 
-KILLS = int(os.environ.get("LDM_JAX_KILLS", "5"))  # in each stage
+KILLS = int(os.environ.get("LDM_JAX_KILLS", "20"))  # in all, at least 11
 STEPS = 32
 LIMIT = 600  # seconds a process may take to reach the moment of its kill
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def kill_at(workdir: Path, log: Path, reached: Callable[[float], bool], delay: f
         while not reached(since):
             assert process.poll() is None, f"ended before the moment of its kill: {log.read_text()[-3000:]}"
             assert time.time() < since + LIMIT, f"never came to the moment of its kill: {log.read_text()[-3000:]}"
-            time.sleep(0.02)
+            time.sleep(0.002)
         time.sleep(delay)
     finally:
         process.kill()
@@ -66,16 +66,34 @@ def last_step(run: Path, since: float) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
 
 
-def moments(workdir: Path, rng: random.Random) -> list[tuple[str, Callable[[float], bool]]]:
-    """Where the run is killed, in the order in which it comes there."""
+def unfinished(run: Path) -> set[Path]:
+    """What a checkpoint is called while it is written."""
+    return set(run.glob("checkpoints/*.orbax-checkpoint-tmp"))
 
-    def of_stage(run: Path) -> list[tuple[str, Callable[[float], bool]]]:
-        steps = sorted(rng.sample(range(1, STEPS), KILLS - 1))
-        inside = [(f"{run.name} step {step}", lambda since, step=step: last_step(run, since) >= step) for step in steps]
-        return [*inside, (f"{run.name} before its model", lambda since: (run / "checkpoints" / str(STEPS)).exists())]
 
-    encoding = ("encode", lambda since: any(workdir.glob("latents/*/.shard*.tmp")))
-    return [*of_stage(workdir / "first_stage"), encoding, *of_stage(workdir)]
+def writing(run: Path, since: float) -> bool:
+    """Whether a checkpoint is being written that was begun after `since`."""
+    try:
+        return any(path.stat().st_mtime > since and (run / "metrics.jsonl").stat().st_mtime > since for path in unfinished(run))
+    except FileNotFoundError:  # it has its name now
+        return False
+
+
+def moments(workdir: Path, rng: random.Random) -> list[tuple[str, Callable[[float], bool], float]]:
+    """Where the run is killed, in the order in which it comes there, and seconds at most between that moment and the kill."""
+
+    def of_stage(run: Path, number: int) -> list[tuple[str, Callable[[float], bool], float]]:
+        half = STEPS // 2
+        early, late = sorted(rng.sample(range(1, half), number - number // 2)), sorted(rng.sample(range(half, STEPS), number // 2))
+        inside = [(f"{run.name} step {step}", lambda since, step=step: last_step(run, since) >= step, 0.2) for step in (*early, *late)]
+        write = (f"{run.name} writes a checkpoint", lambda since: writing(run, since), 0.02)
+        inside.insert(len(early), write)
+        inside.insert(1, write)
+        return [*inside, (f"{run.name} before its model", lambda since: (run / "checkpoints" / str(STEPS)).exists(), 0.3)]
+
+    encoding = ("encode", lambda since: any(workdir.glob("latents/*/.shard*.tmp")), 0.3)
+    number = KILLS - 7  # those after a step, in both stages
+    return [*of_stage(workdir / "first_stage", number // 2), encoding, *of_stage(workdir, number - number // 2)]
 
 
 def checkpoint(run: Path) -> dict[str, np.ndarray]:
@@ -101,10 +119,16 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     (killed / "compilation_cache").symlink_to(undisturbed / "compilation_cache")
 
     rng = random.Random(0)
-    for name, reached in moments(killed, rng):
-        print(name, flush=True)
-        kill_at(killed, log, reached, rng.uniform(0, 0.3))
+    cut_short = 0
+    for name, reached, longest in moments(killed, rng):
+        begun = time.time()
+        kill_at(killed, log, reached, rng.uniform(0, longest))
+        inside = unfinished(killed / "first_stage") | unfinished(killed)
+        cut_short += bool(inside)
+        print(f"{time.time() - begun:5.1f} s  {name}  {sorted(path.name for path in inside) or ''}", flush=True)
+    assert cut_short >= 2  # kills inside a write; those before had been removed at the next start
     finish(killed, log)
+    assert not unfinished(killed / "first_stage") | unfinished(killed)
 
     files = sorted(p.relative_to(undisturbed) for p in undisturbed.rglob("*.safetensors"))
     assert len(files) == 4  # the first stage's model, and the three parts of the model

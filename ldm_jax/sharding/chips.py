@@ -2,9 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 _GIB = 2**30
 
@@ -61,9 +58,3 @@ CHIPS = (
 def find_chip(device_kind: str) -> Chip | None:
     """The row of a device by its `jax.Device.device_kind`; None where there is none."""
     return next((chip for chip in CHIPS if re.search(chip.pattern, device_kind)), None)
-
-
-def peak_flops(device_kind: str, dtype: Any) -> float | None:
-    """Peak operations a second of one device in `dtype`; None where it is not known."""
-    chip = find_chip(device_kind)
-    return chip.peak_bf16 if chip and str(np.dtype(dtype)) in ("bfloat16", "float16") else None

@@ -61,6 +61,9 @@ class LineStage:
     def phase(self, step: int) -> bool:
         return step >= 5
 
+    def without_remat(self) -> "LineStage":
+        return self
+
     def update(self, state: states.State, batch: Any, frozen: None, root: jax.Array, phase: bool) -> Any:
         noise = jax.random.normal(states.key_for(root, "noise", state.step), (self.width,))
 

@@ -1,10 +1,13 @@
 import json
 import math
+import struct
 
 import jax
 import jax.numpy as jnp
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
+from ldm_jax.config import UserError
 from ldm_jax.training.metrics import Goodput, MetricWriter, Throughput, memory_in_use
 
 
@@ -26,11 +29,35 @@ def test_lines_are_written_one_step_late(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_not_finite_is_null(tmp_path):
-    with MetricWriter(tmp_path) as writer:
-        writer.write(1, {"loss": math.nan, "norm": jnp.inf, "lr": 1e-3})
+def events(path):
+    """The events of a TensorBoard file: records of a length (8 bytes), its checksum (4), the event and its checksum (4)."""
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack_from("<Q", data)
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return found
+
+
+def test_not_finite_is_null_and_no_event(tmp_path):
+    with MetricWriter(tmp_path, restored_step=4) as writer:
+        writer.write(5, {"loss": math.nan, "norm": jnp.inf, "lr": 0.5, "a/b": 2})
     (record,) = records(tmp_path)
-    assert record["loss"] is None and record["norm"] is None and record["lr"] == 1e-3
+    assert record["loss"] is None and record["norm"] is None and record["lr"] == 0.5
+    version, start, scalars = events(next(tmp_path.glob("events.out.tfevents.*")))
+    assert version.file_version == "brain.Event:2"
+    assert start.step == 5 and start.session_log.status == start.session_log.START  # what earlier files have from here on is forgotten
+    assert scalars.step == 5 and scalars.wall_time == pytest.approx(record["time"], abs=1e-3)
+    assert {value.tag: value.simple_value for value in scalars.summary.value} == {"lr": 0.5, "a/b": 2}
+
+
+def test_a_disk_that_does_not_take_them_is_bad_input(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer.write(1, {"loss": 1})
+    writer._file.close()
+    writer._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"cannot write the metrics in .*: No space left on device"), writer:
+        writer.write(2, {"loss": 2})
 
 
 def test_file_is_cut_at_the_restored_step(tmp_path):
