@@ -109,8 +109,9 @@ class MetricWriter:
         """Flushes and closes the files."""
         if self._writes:
             self.flush()
-            self._file.close()
-            self._events.close()
+            with self._reported():
+                self._file.close()
+                self._events.close()
             self._mirror.close()
 
     def __enter__(self) -> "MetricWriter":
