@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from ldm_jax.config import UserError
@@ -46,9 +47,11 @@ def start(
     logging.getLogger("absl").setLevel(logging.ERROR)
     import jax
 
+    from ldm_jax.sharding import watch
     from ldm_jax.sharding.distributed import initialize
 
-    initialize(coordinator, num_processes, process_id)
+    if initialize(coordinator, num_processes, process_id):
+        watch.start()
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
 
@@ -66,15 +69,22 @@ def keep_freed_memory() -> None:
 
 
 def guarded(main: Callable[[], int]) -> None:
-    """Runs a front door: bad input is one line and exit code 2, a stop with a complete checkpoint 75."""
+    """Runs a front door: bad input is one line and exit code 2, a stop with a complete checkpoint 75. Of several processes all end, with
+    the code and for the reason of the first."""
+    code, line, unexpected = OK, "", False
     try:
-        sys.exit(main())
+        code = main()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(BAD_INPUT)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        where = f" for {error.filename}" if error.filename else ""
-        sys.stderr.write(f"error: no space left on the disk{where}; free some and run the same command again\n")
-        sys.exit(BAD_INPUT)
+        code, line = BAD_INPUT, f"error: {error}"
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            where = f" for {error.filename}" if error.filename else ""
+            code, line = BAD_INPUT, f"error: no space left on the disk{where}; free some and run the same command again"
+        else:
+            traceback.print_exc()
+            code, line, unexpected = FAILED, f"error: {type(error).__name__}: {str(error).partition(chr(10))[0]}", True
+    if "ldm_jax.sharding.watch" in sys.modules and (group := sys.modules["ldm_jax.sharding.watch"].current()):
+        group.leave(code, line, unexpected)
+    if line:
+        sys.stderr.write(f"{line}\n")
+    sys.exit(code)

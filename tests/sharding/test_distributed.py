@@ -46,7 +46,7 @@ def test_incomplete_arguments():
 
 
 def test_failure_is_raised_with_its_reason(monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("connection refused")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
