@@ -12,5 +12,5 @@ def get_config(preset: str = "") -> ConfigDict:
     for train in (config.train, config.first_stage.train):
         train.update(steps=20, dtype=preset or "float32")
     config.checkpoint.update(every=8)
-    config.evaluate.update(prompts=8, guidance_prompts=4, guidance=(1.0, 3.0), held_out=4, examples=8, samples=8)
+    config.evaluate.update(prompts=8, guidance_prompts=4, guidance=(1.0, 3.0), held_out=4, examples=8, samples=8, every=20)
     return config

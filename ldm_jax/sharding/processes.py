@@ -16,6 +16,7 @@ from ldm_jax.config import UserError
 
 PREFIX = "ldm_jax"
 _rounds = itertools.count()
+_alone: list[bool] = []  # not empty while process 0 is in a `from_first`
 
 
 def client() -> Any:
@@ -28,6 +29,7 @@ def exchange(value: Any) -> list[Any]:
     store = client()
     if store is None:
         return [value]
+    assert not _alone, "process 0 waits for the others inside of what they wait for"
     me, number, here = global_state.process_id, global_state.num_processes, next(_rounds)
     key = f"{PREFIX}/exchange/{here}"
     store.key_value_set(f"{key}/from/{me}", json.dumps(value))
@@ -64,10 +66,13 @@ def from_first(find: Callable[[], Any]) -> Any:
         return find()
     found: dict[str, Any] = {}
     if global_state.process_id == 0:
+        _alone.append(True)
         try:
             found = {"value": find()}
         except UserError as error:
             found = {"error": str(error)}
+        finally:
+            _alone.pop()
     said = exchange(found)[0]
     if "error" in said:
         raise UserError(said["error"])
