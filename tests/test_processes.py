@@ -158,6 +158,15 @@ def test_a_process_that_hangs_is_as_good_as_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stop_while_one_process_works_alone_is_heard_by_all(tmp_path: Path, victim: int) -> None:
+    job = Job(tmp_path, 2, 1, "stage", tmp_path, 1, TEST_ALONE="600")
+    job.signal(victim, signal.SIGTERM, (tmp_path / "alone").exists)
+    assert job.codes(BOUND) == [75, 75]
+    assert {job.last_line(which) for which in (0, 1)} == {"stopped; the same command goes on from there"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [0, 1])
 def test_an_error_in_one_process_ends_all_with_its_reason(tmp_path: Path, broken: int) -> None:
     job = Job(tmp_path, 2, 1, "stage", tmp_path, 1, TEST_FAIL_AT=f"{broken}:5")

@@ -30,13 +30,16 @@ def updates(out: str, *names: str) -> int:
 
 
 def stage(workdir: str, fsdp: str) -> int:
-    """With TEST_FAIL_AT=P:STEP process P finds its data broken there; with TEST_PAUSE each batch takes that many seconds to draw."""
+    """With TEST_FAIL_AT=P:STEP process P finds its data broken there; with TEST_PAUSE each batch takes that many seconds to draw;
+    with TEST_ALONE process 0 is alone at work afterwards, and says so by the file WORKDIR/alone."""
     import jax
     import numpy as np
 
     from ldm_jax.config import UserError, WorkDir
     from ldm_jax.sharding.mesh import make_mesh, on_host
+    from ldm_jax.sharding.processes import from_first
     from ldm_jax.training import loop
+    from ldm_jax.training.signals import stopping_at_once
     from tests import tiny
     from tests.training.test_loop import LineStage, Numbers
 
@@ -51,8 +54,15 @@ def stage(workdir: str, fsdp: str) -> int:
         if process == str(jax.process_index()) and step == int(broken):
             raise UserError(f"the data of batch {step} cannot be read")
 
+    def work_alone() -> None:
+        (Path(workdir) / "alone").touch()
+        time.sleep(float(os.environ["TEST_ALONE"]))
+
     try:
-        state = loop.train(LineStage(config, Numbers(), draw, width=64), WorkDir(workdir), make_mesh(-1, int(fsdp)))
+        with stopping_at_once():
+            state = loop.train(LineStage(config, Numbers(), draw, width=64), WorkDir(workdir), make_mesh(-1, int(fsdp)))
+            if "TEST_ALONE" in os.environ:
+                from_first(work_alone)
     except loop.Stopped as stop:
         sys.stderr.write(f"{stop}\n")
         return cli.STOPPED

@@ -50,6 +50,7 @@ class Watch:
         self._turn: int | None = None  # that the loop is in
         self._announced = False
         self._stop_at: int | None = None
+        self._ending = False
         self._hurry: float | None = None  # when to end without waiting for the main thread
         self._leaving = threading.Lock()
         self._ended = threading.Event()
@@ -66,10 +67,10 @@ class Watch:
             self._turn = turn
             return self._stop_at is not None and turn >= self._stop_at
 
-    def leave_turns(self) -> None:
-        """The loop is over: from here on a stop needs no agreement."""
+    def leave_turns(self, ending: bool) -> None:
+        """The loop is over: from here on a stop needs no agreement. Where this process is `ending` anyway it needs no push either."""
         with self._turns:
-            self._turn = None
+            self._turn, self._ending = None, ending
 
     def leave(self, code: int, line: str = "", unexpected: bool = False) -> None:
         """Ends this process, and the others with it; comes back, when all are here, only for a `code` of 0.
@@ -177,7 +178,7 @@ class Watch:
         if self.asked and not heard:
             self._tell("stop")
         self.asked |= heard
-        if self.asked and self._stop_at is None:
+        if self.asked:
             self._agree(gone)
 
     def _agree(self, gone: bool) -> None:
@@ -186,10 +187,14 @@ class Watch:
         Where a process is in no loop, or has left already, there is nothing to agree on: each ends where it is.
         """
         with self._turns:
-            if self._turn is None or gone:
+            if self._ending:
+                return
+            if self._turn is None or (gone and self._stop_at is None):
                 if self._hurry is None:
                     os.kill(os.getpid(), signal.SIGTERM)  # to the main thread, which may be in a call that does not hear it
                     self._hurry = time.monotonic() + _LINGER / 2
+                return
+            if self._stop_at is not None:
                 return
             if not self._announced:
                 self._announced = True

@@ -21,21 +21,24 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Context manager; `requested` is True once SIGTERM or SIGINT has come. A second SIGINT interrupts at once, as without it.
+    """Context manager; `requested` is True once SIGTERM or SIGINT has come, to any process. A second SIGINT interrupts at once, as it would
+    without it.
 
     Only the main thread may set handlers; in another the manager does nothing.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._noted = False
         self._watch = watch.current()
         self._previous: dict[signal.Signals, Any] = {}
 
+    @property
+    def requested(self) -> bool:
+        return self._noted if self._watch is None else self._watch.asked
+
     def stops_before(self, step: int) -> bool:
         """Whether the run ends before update number `step` + 1: the same in all processes, which ask this before each."""
-        if self._watch is None:
-            return self.requested
-        return self._watch.stops_before(step)
+        return self._noted if self._watch is None else self._watch.stops_before(step)
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -44,13 +47,13 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._watch is not None:
-            self._watch.leave_turns()
+            self._watch.leave_turns(ending=error is not None)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._noted = True
         if self._watch is not None:
             self._watch.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
