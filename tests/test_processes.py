@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -83,9 +84,10 @@ def final(run: Path) -> dict[str, np.ndarray]:
 
 
 def left(run: Path) -> list[str]:
-    """What a run leaves but for its caches and checkpoints."""
+    """What a run leaves but for its checkpoints; the latents' directory has the name of the weights, bit for bit."""
     kinds = (".json", ".jsonl", ".safetensors", ".png", ".array_record")
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.suffix in kinds and "checkpoints" not in path.parts)
+    files = [path.relative_to(run) for path in run.rglob("*") if path.suffix in kinds and "checkpoints" not in path.parts]
+    return sorted(re.sub(r"^latents/\w+/", "latents/*/", str(file)) for file in files)
 
 
 def losses(run: Path) -> np.ndarray:
@@ -222,9 +224,9 @@ def test_a_whole_run_of_two_processes_leaves_the_model_of_one(tmp_path: Path) ->
         one, other = load_file(file), load_file(two / file.relative_to(alone))
         assert one.keys() == other.keys()
         for name, leaf in one.items():
-            assert np.abs(leaf - other[name]).mean() < 1e-5, name
-    for run in ("first_stage", "."):
-        found = [[json.loads(line) for line in (path / run / "metrics.jsonl").read_text().splitlines()] for path in (alone, two)]
-        assert [line["step"] for line in found[0]] == [line["step"] for line in found[1]] == list(range(1, 21))
-        name = "loss" if run == "." else "loss/nll"
-        np.testing.assert_allclose(*([line[name] for line in lines] for lines in found), rtol=1e-4)
+            assert np.abs(leaf - other[name]).mean() < 1e-4, name  # 20 updates of Adam in float32 against a discriminator
+    for run, name in (("first_stage", "loss/nll"), (".", "loss")):
+        lines = [[json.loads(line) for line in (path / run / "metrics.jsonl").read_text().splitlines()] for path in (alone, two)]
+        found = [[(line["step"], line[name]) for line in own if name in line] for own in lines]
+        assert [step for step, _ in found[1]] == list(range(1, 21))
+        np.testing.assert_allclose(*found, rtol=1e-4)
