@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from ldm_jax.config import UserError
@@ -45,13 +46,15 @@ def start(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of each error that it raises
     sys.unraisablehook = _unraisable
+    from ldm_jax.sharding import watch
     from ldm_jax.sharding.distributed import initialize
     from ldm_jax.sharding.flags import set_environment
 
     set_environment(os.environ)  # read when the first device is touched
     import jax
 
-    initialize(coordinator, num_processes, process_id)
+    if initialize(coordinator, num_processes, process_id):
+        watch.start()
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
 
@@ -75,15 +78,22 @@ def keep_freed_memory() -> None:
 
 
 def guarded(main: Callable[[], int]) -> None:
-    """Runs a front door: bad input is one line and exit code 2, a stop with a complete checkpoint 75."""
+    """Runs a front door: bad input is one line and exit code 2, a stop with a complete checkpoint 75. Of several processes all end, with
+    the code and for the reason of the first."""
+    code, line, unexpected = OK, "", False
     try:
-        sys.exit(main())
+        code = main()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(BAD_INPUT)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        sys.stderr.write(f"error: cannot write{where}: {error.strerror}; mend that and run the same command again\n")
-        sys.exit(BAD_INPUT)
+        code, line = BAD_INPUT, f"error: {error}"
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            where = f" {error.filename}" if error.filename else ""
+            code, line = BAD_INPUT, f"error: cannot write{where}: {error.strerror}; mend that and run the same command again"
+        else:
+            traceback.print_exc()
+            code, line, unexpected = FAILED, f"error: {type(error).__name__}: {str(error).partition(chr(10))[0]}", True
+    if "ldm_jax.sharding.watch" in sys.modules and (group := sys.modules["ldm_jax.sharding.watch"].current()):
+        group.leave(code, line, unexpected)
+    if line:
+        sys.stderr.write(f"{line}\n")
+    sys.exit(code)

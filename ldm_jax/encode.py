@@ -1,5 +1,7 @@
 """`python -m ldm_jax.encode --config ... --workdir DIR`: the latent cache of a run whose first stage is complete, and nothing else."""
 
+import sys
+
 from ldm_jax import cli
 
 
@@ -10,8 +12,15 @@ def main() -> int:
     config = configs.from_command(args.config, overrides)
     cli.start(config.train.dtype, args.coordinator, args.num_processes, args.process_id)
     from ldm_jax.training.run import encode
+    from ldm_jax.training.signals import Stopped, stopping_at_once
 
-    print(f"latents: {encode(config, configs.WorkDir(args.workdir)).directory}")
+    try:
+        with stopping_at_once():
+            cache = encode(config, configs.WorkDir(args.workdir))
+    except Stopped as stop:
+        sys.stderr.write(f"{stop}\n")
+        return cli.STOPPED
+    print(f"latents: {cache.directory}")
     return cli.OK
 
 

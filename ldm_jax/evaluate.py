@@ -149,9 +149,9 @@ def remove(features: Path, keep: bool) -> None:
     """Removes what was measured once no process reads it any more, unless it is to be kept."""
     import jax
 
-    from ldm_jax.evaluation.parts import wait_for_all
+    from ldm_jax.sharding.processes import wait_for_all
 
-    wait_for_all(f"done with {features}")
+    wait_for_all()
     if not keep and jax.process_index() == 0:
         remove_tree(features)
 

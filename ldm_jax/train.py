@@ -14,11 +14,13 @@ def main() -> int:
 
     config = configs.from_command(args.config, overrides)
     cli.start(config.train.dtype, args.coordinator, args.num_processes, args.process_id)
-    from ldm_jax.training.loop import Stopped, TrainingFailed
+    from ldm_jax.training.loop import TrainingFailed
     from ldm_jax.training.run import run
+    from ldm_jax.training.signals import Stopped, stopping_at_once
 
     try:
-        workdir = run(config, configs.WorkDir(args.workdir), sys.argv)
+        with stopping_at_once():
+            workdir = run(config, configs.WorkDir(args.workdir), sys.argv)
     except Stopped as stop:
         sys.stderr.write(f"{stop}\n")
         return cli.STOPPED

@@ -39,8 +39,7 @@ class Batches:
             attribute `mirrored` stores both views of each example and is asked for `read(indices, flips)`.
         batch_size: examples in the global batch.
         seed: of the order and of the flips.
-        process_index: this host, of
-        process_count: hosts, each of which reads its contiguous share of the rows of the global batch.
+        rows: those of the global batch that this host reads, ascending; None: all.
         derive: applied to each example after mirroring, and after what a `Derived` source draws for it, in order.
         transform: applied to each stacked batch in the worker thread (tokenising, say).
         shuffle: False reads in the order of the source.
@@ -49,7 +48,7 @@ class Batches:
         prefetch: batches that are ready or being read ahead of the one in use; at least one for each thread.
 
     Raises:
-        UserError: the batch does not divide among the hosts, or a latent cache without mirrored views is to be flipped.
+        UserError: a latent cache without mirrored views is to be flipped.
     """
 
     def __init__(
@@ -57,8 +56,7 @@ class Batches:
         source: Source,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | np.ndarray | None = None,
         derive: Sequence[Derivation] = (),
         transform: Callable[[Batch], Batch] | None = None,
         shuffle: bool = True,
@@ -66,13 +64,11 @@ class Batches:
         workers: int = 2,
         prefetch: int = 2,
     ) -> None:
-        if batch_size % process_count:
-            raise UserError(f"the global batch of {batch_size} examples does not divide among {process_count} hosts")
         if flip and not getattr(source, "mirrored", True):
             raise UserError("data.flip: the latent cache holds no mirrored views; encode again with flips")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self._buckets = getattr(source, "buckets", None)
-        self._share = slice(*(batch_size * p // process_count for p in (process_index, process_index + 1)))
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._below = source.below if isinstance(source, Derived) else source
         self._derive: Sequence[Derivation] = (source.derive, *derive) if isinstance(source, Derived) else derive
         self._transform, self._shuffle, self._flip = transform, shuffle, flip
@@ -92,7 +88,7 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         """This host's share of the batch of a step: stacked arrays, lists of str, lists of ragged arrays."""
-        indices, positions = self.indices(step)[self._share], self._positions(step)[self._share]
+        indices, positions = self.indices(step)[self._rows], self._positions(step)[self._rows]
         flips = coin_flips(self.seed, positions) if self._flip else np.zeros(len(indices), bool)
         examples = read_examples(self._below, indices, flips)
         for derive in self._derive:

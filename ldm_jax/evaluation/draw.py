@@ -14,6 +14,7 @@ from ldm_jax.evaluation import parts
 from ldm_jax.evaluation.told import Told
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.sampling import is_plain, make_sampling
+from ldm_jax.sharding.processes import wait_for_all
 
 _OF_APG = ("parallel", "radius", "momentum")
 _OF_SOME = ("churn", "threshold")  # settings of some models
@@ -46,7 +47,7 @@ def draw(model: LatentDiffusion, examples: Told, number: int, options: Mapping[s
             labels = {"arr_1": np.asarray(inputs["label"], np.int64)} if "label" in inputs else {}
             parts.save(parts.part_file(directory, (start, stop)), {"arr_0": images, **labels})
             bar.update(stop - start)
-    parts.wait_for_all(str(directory))
+    wait_for_all()
 
 
 def settings(model: LatentDiffusion, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ldm_jax.evaluation import parts
 from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.pictures import Pictures
 from ldm_jax.sharding.mesh import make_mesh, replicated, split_host_arrays
+from ldm_jax.sharding.processes import wait_for_all
 
 PART = 512  # pictures of a part: what a kill loses at most
 _KEY = "key"
@@ -92,7 +93,7 @@ def measure(pictures: Pictures, extractors: Sequence[Extractor], directory: Path
                     f"{broken[0]}: features of pictures {part[0]} to {part[1]} are not finite; are these the network's weights?"
                 )
             parts.save(parts.part_file(directory, part), joined)
-    parts.wait_for_all(str(directory))
+    wait_for_all()
     return Features(directory, len(pictures))
 
 

@@ -17,6 +17,7 @@ from ldm_jax.evaluation.scores import Metric, Missing, standard_error
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.nn.autoencoder import VQAutoencoder
 from ldm_jax.nn.lpips import lpips
+from ldm_jax.sharding.processes import wait_for_all
 from ldm_jax.stages import to_float, to_uint8
 
 _WINDOW, _SIGMA = 11, 1.5  # of SSIM, pixels
@@ -143,7 +144,7 @@ def reconstruct(model: LatentDiffusion, originals: Pictures, directory: Path, ba
             codes = {"codes": _codes(model, latents[: len(images)])} if isinstance(stage.network, VQAutoencoder) else {}
             parts.save(parts.part_file(directory, part), {"arr_0": np.asarray(made)[: len(images)], **codes})
             bar.update(len(images))
-    parts.wait_for_all(str(directory))
+    wait_for_all()
 
 
 def _codes(model: LatentDiffusion, latents: jax.Array) -> np.ndarray:

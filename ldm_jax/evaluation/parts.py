@@ -10,6 +10,7 @@ import numpy as np
 
 from ldm_jax import paths
 from ldm_jax.config import UserError
+from ldm_jax.sharding.processes import from_first
 
 ABOUT = "about.json"
 
@@ -25,6 +26,10 @@ def part_file(directory: Path, part: tuple[int, int]) -> Path:
 
 def claim(directory: Path, about: dict[str, Any]) -> None:
     """Makes the directory, or checks that what lies in it is of the same work. Raises UserError."""
+    from_first(lambda: _claim(directory, about))  # before any process leaves a part in it
+
+
+def _claim(directory: Path, about: dict[str, Any]) -> None:
     known = directory / ABOUT
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -38,8 +43,7 @@ def claim(directory: Path, about: dict[str, Any]) -> None:
     if there is not None and there != about:
         different = ", ".join(name for name in sorted({*there, *about}) if there.get(name) != about.get(name))
         raise UserError(f"{directory} holds the work of another job ({different} differ): remove it, or give another --output")
-    if jax.process_index() == 0:
-        paths.write_json(known, about)
+    paths.write_json(known, about)
 
 
 def missing(directory: Path, number: int, size: int) -> list[tuple[int, int]]:
@@ -57,11 +61,3 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def load(path: Path) -> Any:
     """What `save` wrote, to be closed. On object storage it is read at once."""
     return np.load(io.BytesIO(path.read_bytes()) if paths.is_remote(path) else path)
-
-
-def wait_for_all(name: str) -> None:
-    """Until every process is here."""
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(name)

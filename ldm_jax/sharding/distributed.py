@@ -1,10 +1,16 @@
 """Process set-up for runs on several hosts."""
 
 import os
+import re
 
 import jax
 
 from ldm_jax.config import UserError
+from ldm_jax.sharding import watch
+
+TIMEOUT = 300  # seconds that processes wait for one another at the start
+
+Explicit = tuple[str | None, int | None, int | None]  # coordinator, how many processes, which one
 
 
 def cluster_environment() -> str | None:
@@ -16,8 +22,32 @@ def cluster_environment() -> str | None:
         return "Slurm"
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "Open MPI"
-    if "," in env.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in env:
+    hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))
+    if "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in env:
         return "Cloud TPU"
+    return None
+
+
+def from_variables() -> Explicit:
+    """What JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say; in a Kubernetes Job of completion mode "Indexed" the last
+    is JOB_COMPLETION_INDEX where it is not given. Raises UserError for what is no number."""
+    env = os.environ
+    try:
+        number, which = (int(text) if text else None for text in (env.get("JAX_NUM_PROCESSES"), _process_id()))
+    except ValueError as error:
+        raise UserError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX) must be whole numbers: {error}") from error
+    return env.get("JAX_COORDINATOR_ADDRESS"), number, which
+
+
+def _process_id() -> str | None:
+    return os.environ.get("JAX_PROCESS_ID", os.environ.get("JOB_COMPLETION_INDEX"))
+
+
+def own_gpus() -> list[int] | None:
+    """The GPUs of a process that Slurm has started alone on its node: all that it was given. None: jax takes one each."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    if "SLURM_PROCID" in os.environ and re.fullmatch(r"1(\(x\d+\))?", tasks) and "SLURM_GPUS_ON_NODE" in os.environ:
+        return list(range(int(os.environ["SLURM_GPUS_ON_NODE"])))
     return None
 
 
@@ -27,14 +57,15 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     With the three arguments ("host:port", how many, which one), or `coordinator="auto"` (jax asks the environment: needed on a
     Cloud TPU slice without GKE), or where the environment shows a cluster. Otherwise nothing happens.
 
+    Processes that do not come within `TIMEOUT` seconds end this one with exit code 1.
+
     Returns:
         Whether the run is distributed.
 
     Raises:
         UserError: joining failed. A process never goes on alone, as N runs of one process would overwrite each other.
     """
-    explicit = (coordinator, num_processes, process_id)
-    asked = [value for value in explicit if value is not None]
+    asked = [value for value in (coordinator, num_processes, process_id) if value is not None]
     auto = coordinator == "auto" and len(asked) == 1
     if asked and not auto and len(asked) < 3:
         raise UserError(
@@ -43,14 +74,20 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     cluster = cluster_environment()
     if not asked and cluster is None:
         return False
+    found = "the arguments given" if asked else f"the environment ({cluster})"
+    given = (coordinator, num_processes, process_id) if len(asked) == 3 else from_variables()
+    if None in given:
+        given = (None, None, None)  # jax knows the cluster
+    jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would take the place of ours
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    watch.on_abort(lambda: f"error: joining the other processes by {found} failed, as jax says above (waiting ends after {TIMEOUT} s)")
     try:
-        if asked and not auto:
-            jax.distributed.initialize(coordinator, num_processes, process_id)
-        else:
-            jax.distributed.initialize()
+        jax.distributed.initialize(
+            *given, local_device_ids=own_gpus(), initialization_timeout=TIMEOUT, heartbeat_timeout_seconds=watch.HEARTBEAT
+        )
     except (RuntimeError, ValueError, OSError) as error:
-        found = "the arguments given" if asked else f"the environment ({cluster})"
         raise UserError(f"joining the other processes by {found} failed: {error}") from error
+    watch.on_abort(watch.abort_line)
     if num_processes is not None and jax.process_count() != num_processes:
         raise UserError(f"{num_processes} processes were asked for, but jax sees {jax.process_count()}")
     return True

@@ -91,21 +91,47 @@ def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
         )
 
 
-def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Rows of a global batch that lie on this process's devices, in order, int64.
-
-    A mesh orders devices by the network between them, so that a process's rows need not follow each other.
-    """
-    rows = np.arange(batch_size)
-    shares = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return np.unique(np.concatenate([rows[index] for index in shares.values() if index is not None]))
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that lie on this process's devices, ascending: all that it has to read. They need not be neighbours, as a
+    mesh follows the links between devices."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[index] for index in held if index is not None]))
 
 
 def to_global(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays, split along axis 0, from this process's rows of the batch; what no device can hold (lists of text) is dropped."""
+    """Global arrays, split along axis 0, from this process's `local_rows` of the batch; what no device can hold (text) is dropped."""
     sharding = batch_sharding(mesh)
-    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray) and v.dtype.kind not in "OSU"}
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}
+
+    def whole(array: np.ndarray) -> jax.Array:
+        shape = (len(array) * mesh.size // mesh.local_mesh.size, *array.shape[1:])
+        rows = local_rows(shape[0], mesh)
+        held = sharding.addressable_devices_indices_map(shape)
+        starts = [np.searchsorted(rows, index[0].indices(shape[0])[0]) for index in held.values() if index is not None]
+        each = shape[0] // mesh.size
+        parts = jax.device_put([array[start : start + each] for start in starts], list(held))
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+    return {k: whole(v) for k, v in batch.items() if isinstance(v, np.ndarray) and v.dtype.kind not in "OSU"}
+
+
+_AT_ONCE = 2**28  # bytes that `on_host` puts on each device
+
+
+def on_host(tree: Any) -> Any:
+    """The arrays of a tree whole, as numpy arrays in every process; a few at a time, as a device need not have room for all of them."""
+    leaves, structure = jax.tree.flatten(tree)
+    apart = [
+        i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    ]
+    total, groups = 0, dict[int, list[int]]()
+    for i in apart:
+        groups.setdefault(total // _AT_ONCE, []).append(i)
+        total += leaves[i].nbytes
+    for group in groups.values():
+        whole = replicated(leaves[group[0]].sharding.mesh)
+        for i, array in zip(group, jax.jit(lambda arrays: arrays, out_shardings=whole)([leaves[i] for i in group]), strict=True):
+            leaves[i] = np.asarray(array)
+    return jax.tree.unflatten(structure, map(np.asarray, leaves))
 
 
 def split_host_arrays(tree: Any, mesh: Mesh) -> Any:

@@ -17,6 +17,7 @@ from ldm_jax.model_directory import Params, check_shapes
 from ldm_jax.nn import quantize
 from ldm_jax.nn.autoencoder import KLAutoencoder, VQAutoencoder, kl_divergence
 from ldm_jax.nn.discriminator import PatchDiscriminator
+from ldm_jax.sharding.mesh import make_mesh, on_host
 from ldm_jax.sharding.rules import from_config, gathered
 from ldm_jax.stages import FirstStage, apply, build_autoencoder, compute_dtype, init_autoencoder, to_float, to_uint8
 from ldm_jax.training import optimizer
@@ -225,16 +226,17 @@ class AutoencoderStage:
         """What `evaluation` finds of reconstructions by the averaged weights."""
         if self.evaluation is None:
             return {}
-        params = self.autoencoder(state.ema[str(self.config.ema.decays[0])])
         with jax.transfer_guard("allow"):
-            return self.evaluation(lambda images: np.asarray(self._reconstruct(params, images)))
+            params = self.autoencoder(on_host(state.ema[str(self.config.ema.decays[0])]))
+            with jax.set_mesh(make_mesh(devices=jax.local_devices())):
+                return self.evaluation(lambda images: np.asarray(self._reconstruct(params, images)))
 
     def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
         """Pictures and their reconstructions side by side by the EMA weights: (uint8 [N,H,W,3], columns, captions)."""
         images = self._preview_images
         decay = str(self.config.ema.decays[0])
         with jax.transfer_guard("allow"):
-            recon = np.asarray(self._reconstruct(self.autoencoder(state.ema[decay]), images))
+            recon = on_host(self._reconstruct(self.autoencoder(state.ema[decay]), images))
         return np.stack([images, recon], axis=1).reshape(-1, *images.shape[1:]), 8, None
 
 

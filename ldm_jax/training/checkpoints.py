@@ -16,9 +16,11 @@ import jax
 
 from ldm_jax.config import UserError
 from ldm_jax.paths import absolute
+from ldm_jax.sharding.processes import exchange, from_first
 from ldm_jax.sharding.rules import path_string
 
 logger = logging.getLogger(__name__)
+_ITEM = "default"  # Orbax's name of what is saved without one
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
@@ -65,7 +67,11 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete step that was not found damaged; None where there is none."""
-        return max(set(self._manager.all_steps()) - set(self._damaged), default=None)
+        return max(self._present() - set(self._damaged), default=None)
+
+    def _present(self) -> set[int]:
+        """The complete steps, as process 0 sees them."""
+        return set(from_first(lambda: [int(step) for step in self._manager.all_steps()]))
 
     def save(self, step: int, state: Any, wait: bool = False) -> None:
         """Saves a pytree of arrays as `step`; the writing goes on in the background unless `wait`.
@@ -81,7 +87,7 @@ class Checkpoints:
 
         with self._disk_errors(), jax.transfer_guard("allow"):
             self._manager.wait_until_finished()
-            present = set(self._manager.all_steps())
+            present = self._present()
             if step != self._at or step not in present:
                 if step in present:
                     self._manager.delete(step)
@@ -103,11 +109,12 @@ class Checkpoints:
         Raises:
             UserError: there is no such checkpoint, none can be read, or it holds another tree, shape or dtype (every leaf is named).
         """
-        steps = sorted(set(self._manager.all_steps()) - set(self._damaged), reverse=True)
+        steps = sorted(self._present() - set(self._damaged), reverse=True)
         if step is not None and step not in steps:
             raise UserError(f"no checkpoint of step {step} in {self._directory}; there are {sorted(steps) or 'none'}")
         reasons = []
         for candidate in steps if step is None else [step]:
+            state, reason = None, ""
             try:
                 state = self._read(candidate, abstract_state)
             except Exception as error:
@@ -115,6 +122,8 @@ class Checkpoints:
                 if type(error) is not Exception and not isinstance(error, OSError | ValueError | LookupError):
                     raise
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+            reason = next(filter(None, exchange(reason)), "")  # each process reads its own parts
+            if reason:
                 logger.warning("CHECKPOINT DAMAGED: step %d in %s is passed over (%s)", candidate, self._directory, reason)
                 reasons.append(f"step {candidate}: {reason}")
                 if step is None:
@@ -151,8 +160,10 @@ class Checkpoints:
         if metadata is None:
             raise ValueError("its metadata is missing")
         _check_same_leaves(metadata.tree, abstract_state, f"{self._directory}/{step}")
-        with jax.transfer_guard("allow"):
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        with jax.transfer_guard("allow"):  # not by the manager: where one process fails, the others would wait for it
+            return ocp.StandardCheckpointHandler().restore(
+                self._directory / str(step) / _ITEM, args=ocp.args.StandardRestore(abstract_state)
+            )
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:

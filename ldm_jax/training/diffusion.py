@@ -30,6 +30,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.model_directory import Params, check_shapes
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.sampling import Sampling, check_guidance, check_sampler, is_plain, make_sampling
+from ldm_jax.sharding.mesh import on_host
 from ldm_jax.sharding.rules import from_config, gathered
 from ldm_jax.stages import Denoiser, FirstStage, GenerateInputs, build_denoiser, compute_dtype, generate_jit, prepare, to_float
 from ldm_jax.training import optimizer
@@ -238,11 +239,11 @@ class DiffusionStage:
             guidance = float(self.config.sample.guidance)
             doubled = conditioning.guides and not is_plain(self.sampling, guidance)
             drawn = GenerateInputs(noise, keys, arrays, null if doubled else None, guidance)
-            images, _ = generate_jit(self.first_stage, self.denoiser, self.sampling, None, params, drawn)
+            images = on_host(generate_jit(self.first_stage, self.denoiser, self.sampling, None, params, drawn)[0])
         told = shown(inputs, *images.shape[1:3])
         if told is None:
-            return np.asarray(images), 8, inputs.get("text")
-        return alternating(told, np.asarray(images), 8), 8, None
+            return images, 8, inputs.get("text")
+        return alternating(told, images, 8), 8, None
 
     def model(self, params: Params, info: dict[str, Any]) -> LatentDiffusion:
         """The model of some (EMA) parameters, for sampling and for `model/`."""
@@ -252,7 +253,7 @@ class DiffusionStage:
         """What `evaluation` finds of the averaged weights."""
         if self.evaluation is None:
             return {}
-        params = jax.device_get(state.ema[str(self.config.ema.decays[0])])
+        params = on_host(state.ema[str(self.config.ema.decays[0])])
         return self.evaluation(self.model(params, model_info(self.config, int(state.step))))
 
 

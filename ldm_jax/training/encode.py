@@ -19,6 +19,7 @@ from ldm_jax.data.transforms import mirror
 from ldm_jax.model_directory import Params
 from ldm_jax.paths import resolve
 from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated, split_host_arrays
+from ldm_jax.sharding.processes import from_first, wait_for_all
 from ldm_jax.stages import FirstStage, compute_dtype, to_float
 
 _SHARD = 4096  # examples
@@ -113,7 +114,7 @@ def ensure_written(directory: Any, meta: dict[str, Any], number: int, shard_size
     Raises UserError.
     """
     mark = meta["fingerprint"]
-    if not _agreed(is_complete(directory, mark)):
+    if not from_first(lambda: is_complete(directory, mark)):
         writer = CacheWriter(directory, meta, number, shard_size)
         missing = writer.missing_shards(jax.process_index(), jax.process_count())
         total = sum(len(writer.examples(shard)) for shard in missing)
@@ -123,28 +124,9 @@ def ensure_written(directory: Any, meta: dict[str, Any], number: int, shard_size
                     for count, example in enumerate(made, 1):
                         add(example)
                         bar.update(count % writer.views == 0)
-        _all_processes("latent cache")
-        if jax.process_index() == 0:
-            writer.finish()
-        _all_processes("latent cache complete")
+        wait_for_all()
+        from_first(writer.finish)
     return LatentCache(directory, mark, copies)
-
-
-def _agreed(complete: bool) -> bool:
-    """What the first process sees: another run may be filling the same cache, and all must take the same way."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.broadcast_one_to_all(np.int32(complete)))
-    return complete
-
-
-def _all_processes(name: str) -> None:
-    """Waits for the others at the point of this name."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def encoded(encoder: Encoder, source: Any, examples: range, views: int, workers: int) -> Generator[dict[str, Any], None, None]:

@@ -21,6 +21,7 @@ from ldm_jax.model_directory import TOKENIZER, Params, check_shapes, find_finish
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.nn.layers import norm_groups
 from ldm_jax.nn.unet import UNet
+from ldm_jax.sharding.processes import from_first
 from ldm_jax.stages import Denoiser, abstract_params
 from ldm_jax.training.autoencoder import AutoencoderStage
 from ldm_jax.training.checkpoints import Checkpoints
@@ -116,7 +117,7 @@ def starts(config: ConfigDict, workdir: WorkDir) -> bool:
     """Whether the run begins with other weights: where it has a checkpoint to go on from, `train.init_from` is not read again."""
     if not config.train.init_from:
         return False
-    if not workdir.checkpoints.exists():
+    if not from_first(workdir.checkpoints.exists):
         return True
     with Checkpoints(workdir.checkpoints, 1, read_only=True) as checkpoints:
         return checkpoints.latest() is None

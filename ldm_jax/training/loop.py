@@ -28,7 +28,8 @@ from ldm_jax.config import WorkDir
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.paths import make_directory, write_json
 from ldm_jax.sharding.chips import find_chip
-from ldm_jax.sharding.mesh import batch_sharding, check_batch, replicated, to_global
+from ldm_jax.sharding.mesh import batch_sharding, check_batch, local_rows, replicated, to_global
+from ldm_jax.sharding.processes import from_first
 from ldm_jax.sharding.rules import from_config, shardings
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.flops import count_flops
@@ -36,7 +37,7 @@ from ldm_jax.training.metrics import Goodput, MetricWriter, Throughput, memory_i
 from ldm_jax.training.optimizer import schedule_from_config
 from ldm_jax.training.preview import save_grid
 from ldm_jax.training.profile import Profiler
-from ldm_jax.training.signals import StopSignals
+from ldm_jax.training.signals import Stopped, StopSignals
 from ldm_jax.training.state import Metrics, State, before_skipped, with_params
 
 logger = logging.getLogger(__name__)
@@ -69,10 +70,6 @@ class Stage(Protocol):
         ...
 
     def notes(self) -> Iterator[str]: ...
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has left a complete checkpoint; a front door exits with 75."""
 
 
 class TrainingFailed(Exception):
@@ -161,7 +158,7 @@ class _Run:
         self.stage, self.config, self.workdir, self.mesh = stage, stage.config, workdir, mesh
         self.checkpoints, self.writer, self.signals, self.goodput = checkpoints, writer, signals, goodput
         self.root = jax.device_put(jax.random.key(self.config.seed), replicated(mesh))
-        self.batches = stage.batches(process_index=jax.process_index(), process_count=jax.process_count())
+        self.batches = stage.batches(rows=local_rows(self.config.train.batch_size, mesh))
         self.schedule = schedule_from_config(self.config.optimizer, self.config.train.steps)
         chip = find_chip(jax.devices()[0].device_kind)
         self.meter = Throughput(self.config.train.batch_size, mesh.size, chip.peak_bf16 if chip else None)
@@ -209,7 +206,7 @@ class _Run:
 
     def _between(self, state: State, step: int) -> None:
         """Checkpoint and preview before the batch of `step` is drawn."""
-        stopping = self.signals.requested
+        stopping = self.signals.stops_before(step)
         if self.checkpoints.due(step) or stopping:
             self._check_finite(state)
             with self._pause(state):
@@ -232,7 +229,7 @@ class _Run:
 
     def _preview(self, state: State, step: int) -> None:
         path = self.workdir.samples / f"{step:08d}.png"
-        if path.exists():
+        if from_first(path.exists):
             return
         images, columns, captions = self.stage.preview(state)
         if jax.process_index() == 0:
@@ -241,9 +238,8 @@ class _Run:
     def _evaluate(self, state: State, step: int) -> None:
         """Leaves the scores after `step` updates in a file, once."""
         path = self.workdir.evaluations / f"{step:08d}.json"
-        if path.exists():  # of before a restart, which has cut it from the metrics
-            found = json.loads(path.read_text())
-        else:
+        found = from_first(lambda: json.loads(path.read_text()) if path.exists() else None)  # of before a restart, cut from the metrics
+        if found is None:
             scores = self.stage.evaluate(state)
             found = {"step": step, **{name: value if math.isfinite(value) else None for name, value in scores.items()}}
             if jax.process_index() == 0:

@@ -5,7 +5,6 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
@@ -21,7 +20,8 @@ from ldm_jax.evaluation.oracle import format_table
 from ldm_jax.latent_diffusion import LatentDiffusion, load_first_stage
 from ldm_jax.model_directory import Params, find_model, read_info
 from ldm_jax.nn.autoencoder import Autoencoder
-from ldm_jax.sharding.mesh import check_batch, make_mesh
+from ldm_jax.sharding.mesh import check_batch, make_mesh, on_host
+from ldm_jax.sharding.processes import from_first
 from ldm_jax.stages import FirstStage, abstract_params, build_autoencoder, build_denoiser, compute_dtype
 from ldm_jax.training import init_from, loop, optimizer
 from ldm_jax.training.autoencoder import AutoencoderStage
@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     workdir.check(config)
     source = open_source(config, workdir)
     check_components(config, workdir, source)
-    workdir.claim(config, command, versions())
+    from_first(lambda: workdir.claim(config, command, versions()))
     compilation_cache.set_cache_dir(str(paths.absolute(workdir.path / "compilation_cache")))
     compilation_cache.reset_cache()  # whatever was compiled before, without a directory, has turned it off
     if is_complete(workdir, config.train.steps):
@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
 
 def is_complete(workdir: WorkDir, steps: int) -> bool:
     """Whether the run in `workdir` has left the model of at least `steps` updates. Raises UserError where `model.json` is damaged."""
-    return (workdir.model / "model.json").exists() and read_info(workdir.model).get("step", 0) >= steps
+    return from_first(lambda: (workdir.model / "model.json").exists() and read_info(workdir.model).get("step", 0) >= steps)
 
 
 def versions() -> dict[str, str]:
@@ -139,7 +139,7 @@ def ensure_first_stage(config: ConfigDict, workdir: WorkDir, mesh: Mesh, command
         return find_model(config.first_stage.path)
     inner = configs.first_stage_run(config)
     if not is_complete(own, inner.train.steps):
-        own.claim(inner, command, versions())
+        from_first(lambda: own.claim(inner, command, versions()))
         train_first_stage(inner, own, open_source(inner, workdir), mesh)
     return own.model
 
@@ -182,7 +182,12 @@ def check_scale(config: ConfigDict, workdir: WorkDir, model: Any, stage: FirstSt
 
 def train_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, mesh: Mesh) -> None:
     """Stage 1 to its end: weights, latent statistics, model."""
-    network, params, step = _first_stage_weights(config, workdir, source, mesh)
+    weights = _first_stage_weights(config, workdir, source, mesh)
+    from_first(lambda: _leave_first_stage(config, workdir, source, *weights))
+
+
+def _leave_first_stage(config: ConfigDict, workdir: WorkDir, source: Source, network: Autoencoder, params: Params, step: int) -> None:
+    """Latent statistics and model of a trained stage 1."""
     raw = FirstStage(network)
     encoder = Encoder(raw, params, config.data.encode_batch)
     mean, std = latent_statistics(encoder, source, config.first_stage.statistics_examples, config.data.workers)
@@ -210,7 +215,7 @@ def _first_stage_weights(config: ConfigDict, workdir: WorkDir, source: Source, m
     if config.evaluate.every:
         stage.evaluation = AutoencoderEvaluation(config, workdir, source, stage.frozen)
     state = loop.train(stage, workdir, mesh)
-    return stage.network, stage.autoencoder(jax.device_get(state.ema[str(config.ema.decays[0])])), int(state.step)
+    return stage.network, stage.autoencoder(on_host(state.ema[str(config.ema.decays[0])])), int(state.step)
 
 
 def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | LatentCache) -> Tokenizer | None:
@@ -220,7 +225,10 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
         return None
     path = workdir.path / "tokenizer.json"
     starts = init_from.starts(config, workdir)
-    if starts or not path.exists():
+
+    def settle() -> None:
+        if path.exists() and not starts:
+            return
         if starts:
             tokenizer = init_from.initial_tokenizer(config)
         elif text.tokenizer == "train":
@@ -229,6 +237,8 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
         else:
             tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
         paths.write_bytes(path, tokenizer.to_json().encode())
+
+    from_first(settle)
     return Tokenizer.load(path, text.max_length)
 
 
@@ -254,7 +264,10 @@ def _latents_of(workdir: WorkDir) -> Any:
 def settle_latents(config: ConfigDict, workdir: WorkDir, source: Source, model: Any, stage: FirstStage, encoder: Encoder) -> FirstStage:
     """The first stage with the scale that the denoiser learns its latents in, for good: its own, or where it has none what
     `first_stage.latent_scale` asks for. Raises as `learnt_latents`."""
-    if not _latents_of(workdir).exists():
+
+    def settle() -> None:
+        if _latents_of(workdir).exists():
+            return
         shift, scale = stage.shift, stage.scale
         if not has_scale(model):
             kind, mean, std = config.first_stage.latent_scale, np.zeros(1), np.ones(1)
@@ -262,6 +275,8 @@ def settle_latents(config: ConfigDict, workdir: WorkDir, source: Source, model: 
                 mean, std = latent_statistics(encoder, source, config.first_stage.statistics_examples, config.data.workers)
             shift, scale = latent_scale(kind, mean, std)
         paths.write_json(_latents_of(workdir), {"first_stage": encoder.fingerprint, "shift": shift, "scale": scale})
+
+    from_first(settle)
     return learnt_latents(workdir, stage, encoder.fingerprint)
 
 
@@ -284,7 +299,11 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: 
     if config.evaluate.every:
         stage.evaluation = DenoiserEvaluation(config, workdir, source, stage.loss)
     state = loop.train(stage, workdir, mesh)
-    trained = stage.model(jax.device_get(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step)))
+    averaged, info = on_host(state.ema[str(config.ema.decays[0])]), model_info(config, int(state.step))
+    from_first(lambda: _leave_model(config, workdir, stage.model(averaged, info), source))
+
+
+def _leave_model(config: ConfigDict, workdir: WorkDir, trained: LatentDiffusion, source: Source) -> None:
     if config.data.source == "shapes":
         report(config, workdir, trained, source)
     trained.save(workdir.model)
@@ -314,4 +333,4 @@ def restore_model(path: str, step: int | None = None, ema: str | None = None, dt
     decay = ema or str(config.ema.decays[0])
     if decay not in state.ema:
         raise UserError(f"{path} has no EMA of decay {decay}; it has {', '.join(state.ema)}")
-    return stage.model(jax.device_get(state.ema[decay]), model_info(config, int(state.step)))
+    return stage.model(on_host(state.ema[decay]), model_info(config, int(state.step)))

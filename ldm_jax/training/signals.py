@@ -1,22 +1,44 @@
-"""A polite stop: SIGTERM and SIGINT are noted, and the loop ends after the step at hand with a complete checkpoint."""
+"""A polite stop: SIGTERM and SIGINT are noted in the loop, which ends between two updates with a complete checkpoint, and end what is
+outside of it at once. Of several processes all stop, whichever the signal comes to (`sharding/watch.py`)."""
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from ldm_jax.sharding import watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class Stopped(BaseException):
+    """The run was asked to stop and goes on when it is started again; a front door exits with 75.
+
+    As of KeyboardInterrupt, no clause for errors may take hold of it.
+    """
+
+
 class StopSignals:
-    """Context manager; `requested` is True once SIGTERM or SIGINT has come. A second SIGINT interrupts at once, as without it.
+    """Context manager; `requested` is True once SIGTERM or SIGINT has come, to any process. A second SIGINT interrupts at once, as it would
+    without it.
 
     Only the main thread may set handlers; in another the manager does nothing.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._noted = False
+        self._watch = watch.current()
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self._noted if self._watch is None else self._watch.asked
+
+    def stops_before(self, step: int) -> bool:
+        """Whether the run ends before update number `step` + 1: the same in all processes, which ask this before each."""
+        return self._noted if self._watch is None else self._watch.stops_before(step)
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -24,10 +46,31 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._watch is not None:
+            self._watch.leave_turns(ending=error is not None)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._noted = True
+        if self._watch is not None:
+            self._watch.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Around a whole job that loses nothing by it, as what it leaves is complete at any moment: SIGTERM and SIGINT raise `Stopped`."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN if other == signal.SIGTERM else signal.default_int_handler)
+        raise Stopped("stopped; the same command goes on from there")
+
+    previous = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -20,6 +20,7 @@ from ldm_jax.data.pipeline import read_ahead
 from ldm_jax.data.reliable import Layer
 from ldm_jax.model_directory import Params, find_finished, load_params
 from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated, split_host_arrays
+from ldm_jax.sharding.processes import from_first
 from ldm_jax.training.encode import cache_directory, ensure_written, split
 
 _BATCH = 64  # captions
@@ -83,8 +84,8 @@ def with_embeddings(config: ConfigDict, workdir: WorkDir, conditioning: Conditio
     conditioner = next(c for c in conditioning.conditioners if isinstance(c, TextConditioner))
     note = workdir.path / "text_encoder.json"
     given = cache(lambda: _weights(config))  # read where they are needed, and once
-    if starts or not note.exists():
-        paths.write_json(note, {"weights": given()[1]})
+    if from_first(lambda: starts or not note.exists()):
+        from_first(lambda: paths.write_json(note, {"weights": given()[1]}))
     known = json.loads(note.read_text())["weights"]
 
     @cache

@@ -121,7 +121,7 @@ def test_a_batch_is_of_one_bucket_and_an_epoch_has_each_picture_once(tmp_path: P
     seen = np.concatenate(indices)
     assert sorted(seen[seen < 12]) == list(range(12)) and sorted(seen[seen >= 22]) == list(range(22, 30))
     assert len(set(seen[(seen >= 12) & (seen < 22)])) == 8
-    parts = [Batches(source, 4, seed=3, process_index=p, process_count=2) for p in range(2)]
+    parts = [Batches(source, 4, seed=3, rows=range(2 * p, 2 * p + 2)) for p in range(2)]
     both = np.concatenate([part.batch(5)["image"] for part in parts])
     np.testing.assert_array_equal(both, batches.batch(5)["image"])
     tall = [rows for rows in map(batches.indices, range(7 * 5)) if 12 <= rows[0] < 22]

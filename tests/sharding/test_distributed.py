@@ -6,9 +6,11 @@ import jax
 import pytest
 
 from ldm_jax.config import UserError
-from ldm_jax.sharding.distributed import cluster_environment, initialize
+from ldm_jax.sharding import watch
+from ldm_jax.sharding.distributed import cluster_environment, initialize, own_gpus
 
 MARKERS = ("JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+MARKERS += ("TPU_PROCESS_ADDRESSES", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX", "SLURM_GPUS_ON_NODE")
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +28,8 @@ def single_host(monkeypatch):
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, "Cloud TPU"),
+        ({"TPU_PROCESS_ADDRESSES": "t0:8471,t1:8471"}, "Cloud TPU"),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "t0"}, "Cloud TPU"),
         ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX_COORDINATOR_ADDRESS"),
     ],
 )
@@ -33,6 +37,39 @@ def test_cluster_environment(monkeypatch, env, cluster):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert cluster_environment() == cluster
+
+
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "h:1"}
+JOB = ADDRESS | {"JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [(JOB, ("h:1", 4, 2)), (JOB | {"JAX_PROCESS_ID": "3"}, ("h:1", 4, 3)), (ADDRESS, (None, None, None))],
+)
+def test_variables_say_who_joins_whom(monkeypatch, env, found):
+    """Where they do not say all, jax asks the cluster for the rest."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: joined.append(args))
+    monkeypatch.setattr(watch, "on_abort", lambda line: None)  # of a test, an abort is an abort
+    assert initialize() and joined == [found]
+
+
+def test_variables_that_are_no_numbers(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "h:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "all")
+    with pytest.raises(UserError, match="whole numbers"):
+        initialize()
+
+
+@pytest.mark.parametrize(("tasks", "gpus"), [("1", [0, 1, 2, 3]), ("1(x8)", [0, 1, 2, 3]), ("4(x8)", None), ("11", None)])
+def test_a_task_that_is_alone_on_its_node_has_all_its_gpus(monkeypatch, tasks, gpus):
+    assert own_gpus() is None
+    for name, value in {"SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert own_gpus() == gpus
 
 
 def test_single_host_touches_nothing(monkeypatch):
@@ -46,10 +83,11 @@ def test_incomplete_arguments():
 
 
 def test_failure_is_raised_with_its_reason(monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("connection refused")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(watch, "on_abort", lambda line: None)
     with pytest.raises(UserError, match="arguments given failed: connection refused"):
         initialize("localhost:1", 2, 1)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
@@ -61,25 +99,62 @@ WORKER = """
 import os, sys
 os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"] = "cpu", "--xla_force_host_platform_device_count=2"
 import jax, numpy as np
-from ldm_jax.sharding.distributed import initialize
-from ldm_jax.sharding.mesh import make_mesh, to_global
+from ldm_jax.config import UserError
+from ldm_jax.sharding import distributed, processes, watch
+from ldm_jax.sharding.mesh import local_rows, make_mesh, on_host, to_global
 rank = int(sys.argv[2])
-assert initialize("localhost:" + sys.argv[1], 2, rank)
-mesh = make_mesh(2, 2)
-batch = to_global({"x": np.arange(4.0) + 4 * rank}, mesh)["x"]
-print(batch.shape, float(jax.jit(lambda x: (x * x).sum())(batch)))
+assert distributed.initialize("localhost:" + sys.argv[1], 2, rank)
+watch.start()
+devices = np.array(jax.devices())
+for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+    mesh = make_mesh(2, 2, devices[order])
+    rows = local_rows(8, mesh)
+    assert len(rows) == 4
+    batch = to_global({"x": np.arange(8.0)[rows]}, mesh)["x"]
+    print(batch.shape, float(jax.jit(lambda x: (x * np.arange(8.0)).sum())(batch)), on_host([batch, np.ones(1)])[0].tolist())
+print(rows.tolist())
+print(processes.exchange({"from": rank}), processes.from_first(lambda: f"of {rank}"))
+try:
+    processes.from_first(lambda: (_ for _ in ()).throw(UserError(f"bad input, says {rank}")))
+except UserError as error:
+    print(error)
+watch.current().leave(0)
 """
 
 
-def test_two_processes_make_one_batch():
+def test_two_processes_make_one_batch_and_say_the_same():
+    """Whichever rows of it lie on their devices."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-c", WORKER, port]
     workers = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
     try:
-        outputs = [worker.communicate(timeout=60)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    assert [output.splitlines()[-1] for output in outputs] == ["(8,) 140.0"] * 2
+    assert [worker.returncode for worker in workers] == [0, 0]
+    batch = "(8,) 140.0 [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]"
+    said = ["[{'from': 0}, {'from': 1}] of 0", "bad input, says 0"]
+    for output, rows in zip(outputs, ("[2, 3, 6, 7]", "[0, 1, 4, 5]"), strict=True):
+        assert [line for line in output.splitlines() if "Gloo" not in line] == [batch, batch, rows, *said]
+
+
+ALONE = """
+import os, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+from ldm_jax.sharding import distributed
+distributed.TIMEOUT = 5
+distributed.initialize("localhost:" + sys.argv[1], 2, 0)
+"""
+
+
+@pytest.mark.slow
+def test_waiting_for_a_process_that_does_not_come_ends():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    done = subprocess.run([sys.executable, "-c", ALONE, port], stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: joining the other processes by the arguments given failed")

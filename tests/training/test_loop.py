@@ -55,9 +55,6 @@ class LineStage:
     def init(self, key: jax.Array) -> states.State:
         return states.create({"net": {"w": jax.random.normal(key, (4, self.width))}}, self.optimizers, ("net",), (0.9,))
 
-    def without_remat(self) -> "LineStage":
-        return self
-
     def phase(self, step: int) -> bool:
         return step >= 5
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ldm_jax.training.signals import StopSignals
+from ldm_jax.training.signals import Stopped, StopSignals, stopping_at_once
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -23,6 +23,18 @@ def test_the_second_interrupt_interrupts():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_outside_of_the_loop_a_signal_stops_at_once(number):
+    """Around the loop, which notes it and goes on to the end of its update."""
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Stopped, match="goes on from there"), stopping_at_once():
+        with StopSignals() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.stops_before(3)
+        os.kill(os.getpid(), number)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_inert_outside_the_main_thread():
