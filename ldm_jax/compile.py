@@ -154,11 +154,12 @@ def advised(config: "ConfigDict", devices: Sequence[Any], chip: "Chip | None", p
 
 
 def least_temporaries(plan: "Plan", change: dict[str, Any], train: "ConfigDict") -> float:
-    """What a change leaves of the temporaries at the very least: what is kept may shrink to a tenth, the micro-batch in proportion."""
+    """What a change leaves of the temporaries at the very least: what is kept may shrink to a tenth, the micro-batch in proportion, and
+    gradients, as large as the parameters, to nothing."""
     share = 0.1 if "train.remat" in change else 1.0
     share *= train.accumulation / change.get("train.accumulation", train.accumulation)
     share *= change.get("train.batch_size", train.batch_size) / train.batch_size
-    return 0.5 * share * plan.memory.get("temporaries", 0)  # half, as a smaller share of the parameters has smaller gradients too
+    return max(share * (plan.memory.get("temporaries", 0) - plan.memory["parameters"]), 0.0)
 
 
 def swept(config: "ConfigDict", devices: Sequence[Any], chip: "Chip | None", name: str) -> dict[str, Any]:
