@@ -21,7 +21,7 @@ _NO_TRAFFIC |= {"partition-id", "replica-id", "opt-barrier", "async-start", "asy
 
 
 class Instruction(NamedTuple):
-    """`shape` is as written, a tuple's in parentheses; `rest` is what follows the operands."""
+    """`shape` is as written, a tuple's in parentheses; `rest` is what follows the operands, of a constant its value."""
 
     name: str
     shape: str
@@ -115,12 +115,20 @@ class Program:
             yield name, times, control
             for n in self.computations[name]:
                 for key, called in re.findall(r"\b(body|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.-]+)", n.rest):
-                    runs = times
-                    if key == "body" and (trip := re.search(r'known_trip_count":\{"n":"(\d+)"', n.rest)):
-                        runs = times * int(trip[1])
+                    runs = times * self._trips(n) if key == "body" else times
                     if key == "to_apply" and n.op != "call":
                         continue  # what a reduction or a collective applies
                     pending += [(each, runs, control and n.op != "fusion") for each in re.findall(r"[\w.-]+", called)]
+
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop runs: as XLA says, or by its condition, a counter below a constant; 1 where neither tells."""
+        if said := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(said[1])
+        name = re.search(r"condition=%?([\w.-]+)", loop.rest)
+        condition = self.computations.get(name[1], []) if name else []
+        limits = {n.name: int(value[1]) for n in condition if n.op == "constant" and (value := re.fullmatch(r"\((\d+)\)", n.rest))}
+        below = [n for n in condition if n.op == "compare" and "direction=LT" in n.rest]
+        return limits.get(below[0].operands[-1], 1) if len(below) == 1 else 1
 
     def _groups(self, instruction: Instruction) -> np.ndarray:
         """[number, size]: places in the mesh of the devices that talk to each other."""
@@ -174,7 +182,7 @@ def _parse(line: str) -> Instruction | None:
     if not parenthesis:
         return None
     operands, rest = _balanced("(" + right)
-    return Instruction(name.lstrip("%"), shape, op, tuple(re.findall(r"%([\w.-]+)", operands)), rest)
+    return Instruction(name.lstrip("%"), shape, op, tuple(re.findall(r"%([\w.-]+)", operands)), operands if op == "constant" else rest)
 
 
 def _balanced(text: str) -> tuple[str, str]:

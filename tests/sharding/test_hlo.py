@@ -22,6 +22,19 @@ TEXT = """HloModule jit_f, is_scheduled=true, num_partitions=8
   ROOT %out = (f32[8,4]{1,0}, s32[]) tuple(%permute, %x)
 }
 
+%below.1 (state: (f32[8,4], s32[])) -> pred[] {
+  %state = (f32[8,4]{1,0}, s32[]) parameter(0)
+  %turn = s32[]{:T(128)} get-tuple-element(%state), index=1
+  %limit = s32[]{:T(128)} constant(7)
+  ROOT %go = pred[]{:T(512)} compare(%turn, %limit), direction=LT
+}
+
+%body.2 (carried: (f32[8,4], s32[])) -> (f32[8,4], s32[]) {
+  %carried = (f32[8,4]{1,0}, s32[]) parameter(0)
+  %y = f32[8,4]{1,0} get-tuple-element(%carried), index=0
+  ROOT %sums = (f32[8,4]{1,0}, s32[]) all-reduce(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
 ENTRY %main (p: f32[8,4], q: bf16[64,128]) -> f32[8,4] {
   %p = f32[8,4]{1,0} parameter(0)
   %q = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
@@ -31,6 +44,7 @@ ENTRY %main (p: f32[8,4], q: bf16[64,128]) -> f32[8,4] {
   %done = f32[32,4]{1,0} all-gather-done(%start)
   %sum = f32[8,4]{1,0} all-reduce(%p), replica_groups={}, to_apply=%add
   %loop = (f32[8,4]{1,0}, s32[]) while(%carried), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %other = (f32[8,4]{1,0}, s32[]) while(%loop), condition=%below.1, body=%body.2, metadata={op_name="jit(f)/while"}
   ROOT %result = f32[8,4]{1,0} get-tuple-element(%loop), index=0
 }
 """
@@ -48,12 +62,14 @@ def test_collectives_of_every_notation() -> None:
     assert total.groups.tolist() == [[*range(8)]] and total.traffic == 2 * 128 * 7 / 8
     permute = found["collective-permute", "f32[8,4]"]
     assert permute.times == 5 and permute.traffic == 5 * 128 and permute.groups.shape == (3, 2)
-    assert len(found) == 5
+    assert found["all-reduce", "(f32[8,4], s32[])"].times == 7  # by its condition alone
+    assert len(found) == 6
 
 
 def test_memory_traffic_counts_loops_and_leaves_out_vector_memory() -> None:
     tile, row = 64 * 128 * 2, 8 * 4 * 4
-    assert Program(TEXT).memory_bytes() == (tile + tile // 4) + tile // 4 + (row + row + 4 * row) + 2 * row + 5 * 2 * row
+    once = (tile + tile // 4) + tile // 4 + (row + row + 4 * row) + 2 * row
+    assert Program(TEXT).memory_bytes() == once + 5 * 2 * row + 7 * (2 * row + 4)
 
 
 @pytest.mark.parametrize(
