@@ -51,7 +51,7 @@ def main() -> int:
     from ldm_jax.paths import make_directory, write_json
     from ldm_jax.sharding.topology import LOCAL, open_topology
 
-    config = configs.from_command(args.config, overrides)
+    config = configs.from_command(args.config, overrides, weights=False)
     if args.topology not in LOCAL or args.topology == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.topology not in LOCAL and config.train.dtype == "auto":

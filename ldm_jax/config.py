@@ -142,13 +142,13 @@ def from_flat(values: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def from_command(spec: str, overrides: list[str]) -> ConfigDict:
+def from_command(spec: str, overrides: list[str], weights: bool = True) -> ConfigDict:
     """The configuration of a command line: a file and `--config.a.b=v` arguments. Raises UserError."""
-    return overridden(load_file(spec), overrides)
+    return overridden(load_file(spec), overrides, weights)
 
 
-def overridden(config: ConfigDict, overrides: list[str]) -> ConfigDict:
-    """The configuration, changed by `--config.a.b=v` arguments and checked. Raises UserError."""
+def overridden(config: ConfigDict, overrides: list[str], weights: bool = True) -> ConfigDict:
+    """The configuration, changed by `--config.a.b=v` arguments and checked; `weights` as of `check`. Raises UserError."""
     for argument in overrides:
         match = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
         if not match:
@@ -156,12 +156,12 @@ def overridden(config: ConfigDict, overrides: list[str]) -> ConfigDict:
         override(config, match[1], match[2])
     if config.task == "diffusion" and not config.first_stage.path:
         config.first_stage.path = config.train.init_from
-    check(config)
+    check(config, weights)
     return config
 
 
-def check(config: ConfigDict) -> None:
-    """What can be said without building anything. Raises UserError."""
+def check(config: ConfigDict, weights: bool = True) -> None:
+    """What can be said without building anything; without `weights`, those that a run starts from may be missing. Raises UserError."""
     if config.task not in TASKS:
         raise UserError(f"task {config.task!r} is not one of {', '.join(TASKS)}")
     stages = {"": config} if config.task == "autoencoder" or config.first_stage.path else {"": config, "first_stage.": config.first_stage}
@@ -185,6 +185,9 @@ def check(config: ConfigDict) -> None:
     for name, share in {**shares, "denoiser.dropout": config.denoiser.dropout}.items():
         if not 0 <= share <= 1:
             raise UserError(f"{name} is a share in [0, 1], not {share}")
+    text = config.conditioning.text
+    if weights and text.enabled and text.frozen and not config.train.init_from:
+        raise UserError("conditioning.text.frozen leaves the text encoder as it is: give its weights with train.init_from")
     neighbors = config.conditioning.neighbors
     if neighbors.queries and (config.data.buckets or config.data.source == "shapes"):
         raise UserError("conditioning.neighbors.queries are of files in their order: not for data.buckets, nor for drawn scenes")

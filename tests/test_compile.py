@@ -23,7 +23,7 @@ SMALL = Chip("small", "", 1e12, 2**26, 1e10, 1e9, 1e8)  # 64 MiB
 
 
 def config(spec: str = "configs/class_cond.py:smoke", *overrides: str) -> Any:
-    return configs.from_command(spec, [*OVERRIDES, *overrides])
+    return configs.from_command(spec, [*OVERRIDES, *overrides], weights=False)
 
 
 def test_a_plan_says_what_the_state_is() -> None:
@@ -49,6 +49,7 @@ def test_a_split_state_takes_its_share(capsys: pytest.CaptureFixture) -> None:
     assert programs.bytes_of(whole) - programs.bytes_of(split) == saved > 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_and_mended(capsys: pytest.CaptureFixture) -> None:
     """With 256 images the smoke preset's update takes more than 64 MiB a device; in micro-batches it takes less."""
     cfg = config("configs/class_cond.py:smoke", "--config.train.batch_size=256")

@@ -78,7 +78,7 @@ def test_a_model_stays_until_the_next_is_complete(model: LatentDiffusion, tmp_pa
         raise UserError("no space left")
 
     with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr("ldm_jax.model_directory.write_json", full)
+        patch.setattr("ldm_jax.paths.write_json", full)
         model.save(path)
     assert before == {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
     model.info["step"] = 7

@@ -11,7 +11,7 @@ from ldm_jax.config import UserError
 from ldm_jax.sharding.chips import CHIPS, Chip, find_chip
 
 LOCAL = ("cpu", "gpu", "tpu")
-_TOPOLOGY = re.compile(r"(v\d+\w*):(\d+(?:x\d+){0,2})(?:\*([1-9]\d*))?")
+_TOPOLOGY = re.compile(r"(v\d+\w*):([1-9]\d*(?:x[1-9]\d*){0,2})(?:\*([1-9]\d*))?")
 
 
 def open_topology(name: str) -> tuple[list[Any], Chip | None]:

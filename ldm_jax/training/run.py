@@ -104,8 +104,6 @@ def check_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, autoenc
     """Raises UserError where stage 2 cannot be built as it is set, its conditions go nowhere, or the data has nothing for one of them."""
     dtype, text = compute_dtype(config.train.dtype), config.conditioning.text
     starts = init_from.starts(config, workdir)
-    if text.enabled and text.frozen and not config.train.init_from:
-        raise UserError("conditioning.text.frozen leaves the text encoder as it is: give its weights with train.init_from")
     tokenizer = None
     if text.enabled and starts:
         tokenizer = init_from.initial_tokenizer(config)

@@ -192,7 +192,7 @@ def test_openclip_ignores_the_layers_that_are_skipped() -> None:
 
 
 def fields(network: Any) -> dict[str, Any]:
-    return {name: getattr(network, name) for name in network.__dataclass_fields__ if name not in ("dtype", "parent", "name")}
+    return {name: getattr(network, name) for name in network.__dataclass_fields__ if name not in ("dtype", "parent", "name", "remat")}
 
 
 def test_settings_come_back_from_what_is_exported() -> None:

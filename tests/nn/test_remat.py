@@ -46,8 +46,17 @@ def gradient(name: str, remat: str) -> tuple[Any, int]:
     return program(params), program.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", ["unet", "dit", "text", "autoencoder"])
-@pytest.mark.parametrize("remat", SETTINGS)
+FAST = {("text", "full"), ("text", "conv+dense+attention"), ("dit", "full"), ("unet", "full"), ("autoencoder", "blocks")}
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        pytest.param(name, remat, marks=() if (name, remat) in FAST else pytest.mark.slow)
+        for name in ("unet", "dit", "text", "autoencoder")
+        for remat in SETTINGS
+    ],
+)
 def test_gradients_are_the_same(name: str, remat: str) -> None:
     plain, again = gradient(name, "none")[0], gradient(name, remat)[0]
     assert jax.tree.structure(plain) == jax.tree.structure(again)

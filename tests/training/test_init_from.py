@@ -107,7 +107,7 @@ def test_settings_that_shapes_do_not_show_are_differences(base: str, change: Cal
     "change",
     [
         lambda c: c.denoiser.update(num_heads=1, head_channels=0, attention_levels=(1,)),
-        lambda c: c.denoiser.update(remat="blocks", dropout=0.3),
+        lambda c: (c.denoiser.update(dropout=0.3), c.train.update(remat="blocks")),
         lambda c: c.conditioning.text.update(drop_rate=0.5, frozen=True),
         lambda c: c.diffusion.update(weighting="min_snr", loss="huber", offset_noise=0.1),
         lambda c: c.train.update(dtype="bfloat16"),
