@@ -94,8 +94,10 @@ def test_roofs() -> None:
 
 def test_xla_words_for_too_little_memory() -> None:
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.98G of 15.75G hbm. Exceeded hbm capacity by 5.23G."
-    assert plan._exhausted(said) == (int(20.98 * 2**30), int(15.75 * 2**30))
-    assert plan._exhausted("INTERNAL: something else") == (None, None)
+    assert plan._exhausted(said, 2**30) == (int(20.98 * 2**30), int(15.75 * 2**30))
+    said = "Ran out of memory on HBM, the total memory required for HLO temporaries (86.25G) exceeds available HBM (15.75G)."
+    assert plan._exhausted(said, 2**30) == (int(87.25 * 2**30), int(15.75 * 2**30))
+    assert plan._exhausted("INTERNAL: something else", 0) is None
 
 
 @pytest.mark.slow

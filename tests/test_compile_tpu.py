@@ -58,7 +58,7 @@ def test_two_slices_talk_over_the_data_centre(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_said_with_what_does(tmp_path: Path) -> None:
     code, found, said = compiled(
-        tmp_path, "v5e:2x2", *SMALL, "--programs", "step", "--advise", "6", "--config.train.batch_size=4096", "--config.data.resolution=512"
+        tmp_path, "v5e:2x2", *SMALL, "--programs", "step", "--advise", "6", "--config.train.batch_size=1024", "--config.data.resolution=512"
     )
     assert code == 1 and "DOES NOT FIT" in said, said
     assert not found["fits"] and found["programs"][0]["exceeded"] > 0

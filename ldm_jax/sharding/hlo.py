@@ -15,6 +15,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _SHAPE = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+# Between slices XLA:TPU sends through the hosts: a program is one slice's, and its devices are numbered within that.
+_MEGASCALE = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
 _BITS = re.compile(r"(\d+)")
 _NO_TRAFFIC = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "after-all"}
 _NO_TRAFFIC |= {"partition-id", "replica-id", "opt-barrier", "async-start", "async-done"}
@@ -38,7 +40,7 @@ class Collective:
       kind: of `KINDS`. An all-reduce that XLA:TPU fused with the slicing of its result is a reduce-scatter.
       shape: of its result, as XLA writes it, without layouts.
       bytes: of the larger one of its operands and results, on one device.
-      groups: [number, size], the devices that talk to each other, by their places in the mesh.
+      groups: [number, size], the devices that talk to each other, by their places in the mesh; between slices, the first of each.
       times: how often it runs in one execution.
     """
 
@@ -81,7 +83,13 @@ class Program:
         found = []
         for name, times, _ in self._visited():
             talking = [n for n in self.computations[name] if n.op.removesuffix("-start") in KINDS]
-            shapes = {n.name: n.shape for n in self.computations[name]} if talking else {}
+            sending = [(n, sent) for n in self.computations[name] if n.op == "send" and (sent := _MEGASCALE.search(n.rest))]
+            shapes = {n.name: n.shape for n in self.computations[name]} if talking or sending else {}
+            for n, sent in sending:
+                slices = len(sent[1].split(","))
+                groups = np.arange(slices)[None] * self.devices
+                kind, shape = sent[2].lower().replace("_", "-"), shapes.get(n.operands[0], "")
+                found.append(Collective(kind, re.sub(r"\{[^{}]*\}", "", shape), shape_bytes(shape), groups, times))
             for n in talking:
                 kind = n.op.removesuffix("-start")
                 given = sum(shape_bytes(shapes.get(operand, "")) for operand in n.operands)

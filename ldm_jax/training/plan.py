@@ -107,12 +107,13 @@ def compile_plan(program: Planned, chip: Chip | None) -> Plan:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used, capacity = _exhausted(str(error))
-        if used is None or capacity is None:
+        exhausted = _exhausted(str(error), given)
+        if exhausted is None:
             raise
+        used, available = exhausted
         memory["temporaries"] = max(used - given, 0)
         seconds = time.perf_counter() - start
-        return Plan(program.name, chips, program.images, False, memory, used, capacity, used - capacity, flops, computed, seconds)
+        return Plan(program.name, chips, program.images, False, memory, used, available, used - available, flops, computed, seconds)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
     memory["padding"] = max(stats.argument_size_in_bytes - given, 0)
@@ -161,14 +162,16 @@ def _traffic(text: Program, mesh: Mesh) -> tuple[dict[str, Traffic], list[str]]:
     return dict(sorted(by_kind.items())), [f"{one.kind} {one.shape[:60]} x {one.times}" for one in most]
 
 
-def _exhausted(message: str) -> tuple[int | None, int | None]:
-    """Bytes that a program would use, and that there are, from XLA's words."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if not match:
-        match = re.search(r"([\d.]+)([KMGT]?)i?B? .*exceeds .*HBM.*?([\d.]+)([KMGT])", message)
-    if not match:
-        return None, None
-    return int(float(match[1]) * _UNITS[match[2]]), int(float(match[3]) * _UNITS[match[4]])
+def _exhausted(message: str, given: int) -> tuple[int, int] | None:
+    """Bytes that a program with arguments of `given` bytes would use, and that there are, from XLA's words; None where it says else."""
+    number = r"([\d.]+)([KMGT]?)"
+    if match := re.search(rf"Used {number} of {number} hbm", message):
+        more = 0
+    elif match := re.search(rf"temporaries \({number}\) exceeds available HBM \({number}\)", message):
+        more = given
+    else:
+        return None
+    return int(float(match[1]) * _UNITS[match[2]]) + more, int(float(match[3]) * _UNITS[match[4]])
 
 
 def smallest_changes(

@@ -72,6 +72,21 @@ def test_memory_traffic_counts_loops_and_leaves_out_vector_memory() -> None:
     assert Program(TEXT).memory_bytes() == once + 5 * 2 * row + 7 * (2 * row + 4)
 
 
+def test_what_is_sent_between_slices() -> None:
+    """As XLA:TPU writes it: a program is one slice's, and its host passes sums on."""
+    text = """HloModule jit_f, num_partitions=4
+ENTRY %main (p: f32[64,8]) -> f32[64,8] {
+  %p = f32[64,8]{1,0} parameter(0)
+  %key = token[] after-all()
+  %send = (f32[64,8]{1,0}, u32[], token[]) send(%p, %key), is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+""".replace("\\\n", "")
+    (one,) = Program(text).collectives()
+    assert (one.kind, one.shape, one.groups.tolist()) == ("all-reduce", "f32[64,8]", [[0, 4]])
+    assert one.crosses(4) and one.traffic == 64 * 8 * 4
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [("bf16[2,3]{1,0:T(8,128)(2,1)}", 12), ("pred[7]", 7), ("f32[]", 4), ("(s32[2], f8e4m3fn[3], token[])", 11), ("c64[2]", 16)],
