@@ -251,6 +251,7 @@ def test_models_that_are_told_other_things(
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:05d}.png")), image)
 
 
+@pytest.mark.slow
 def test_files_of_what_a_model_is_told(models: Callable[[str], Path], run: Run, tmp_path: Path) -> None:
     """Each kind of file means what its content means in Python."""
     rng = np.random.default_rng(0)
@@ -435,6 +436,7 @@ def test_a_damaged_model(part: str, model: Path, run: Run, tmp_path: Path) -> No
     assert "copy" in refused(run(sample.main, "--model", "copy", "--output", "out"))
 
 
+@pytest.mark.slow
 def test_a_first_stage_of_another_shape(model: Path, run: Run, tmp_path: Path) -> None:
     """`first_stage.path` takes a model whose latents the denoiser cannot halve."""
     cfg = tiny.config()

@@ -23,7 +23,7 @@ LOSSES = {
     "images": ("loss", "gradient_norm"),
 }
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 4, 1), "accumulated": (1, 1, 4), "mixed-accumulated": (2, 2, 4)}
-FAST: dict[str, tuple[str, ...]] = {"autoencoder": ("mixed",), "vq": (), "vq-ema": (), "moments": ("accumulated",)}
+FAST: dict[str, tuple[str, ...]] = {"autoencoder": (), "vq": (), "vq-ema": (), "moments": ("accumulated",)}
 
 
 @cache
