@@ -8,9 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from ldm_jax.config import UserError
-
-OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+from ldm_jax.errors import BAD_INPUT, FAILED, OK, STOPPED, Stopped, TrainingFailed, UserError
 
 # XLA's CPU backend takes its scratch memory, hundreds of megabytes, from malloc for each execution and gives it back. By default glibc
 # returns it to the kernel each time, and the page faults of the next execution cost a third of a training step.
@@ -85,6 +83,10 @@ def guarded(main: Callable[[], int]) -> None:
         code = main()
     except UserError as error:
         code, line = BAD_INPUT, f"error: {error}"
+    except TrainingFailed as error:
+        code, line = FAILED, f"error: {error}"
+    except Stopped as stop:
+        code, line = STOPPED, str(stop)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             where = f" {error.filename}" if error.filename else ""

@@ -80,19 +80,19 @@ def planned(
     config, mesh, notes = fitted(config, devices)
     print(headline(config, mesh, chip, name), *notes, sep="\n", flush=True)
     stage = programs.plan_stage(config)
+    there: dict[str, Any] = {"step": programs.train_step}
+    if config.task == "diffusion":
+        there["sampler"] = programs.sampler
+    if config.first_stage.kind != "identity":
+        there["encoder"] = programs.encoder
     plans: list[Plan] = []
     advice = None
-    if "step" in chosen:
-        plans.append(compile_plan(programs.train_step(stage, mesh), chip))
-        print(described(plans[-1]), flush=True)
-        if plans[-1].fits is False:
-            advice = advised(config, devices, chip, plans[-1], tries)
-    if "sampler" in chosen and isinstance(stage, programs.DiffusionStage):
-        plans.append(compile_plan(programs.sampler(stage, mesh), chip))
-        print(described(plans[-1]), flush=True)
-    if "encoder" in chosen and config.first_stage.kind != "identity":
-        plans.append(compile_plan(programs.encoder(stage, mesh), chip))
-        print(described(plans[-1]), flush=True)
+    for program in [name for name in there if name in chosen]:
+        plan = compile_plan(there[program](stage, mesh), chip)
+        print(described(plan), flush=True)
+        if program == "step" and plan.fits is False:
+            advice = advised(config, mesh, chip, plan, tries)
+        plans.append(plan)
     fits = all(plan.fits is not False for plan in plans)
     shape = {axis: int(size) for axis, size in mesh.shape.items()}
     return {"fits": fits, "mesh": shape, "notes": notes, "programs": [plan.to_json() for plan in plans], "advice": advice}
@@ -124,13 +124,12 @@ def fitted(config: "ConfigDict", devices: Sequence[Any], **changes: Any) -> tupl
     )
 
 
-def advised(config: "ConfigDict", devices: Sequence[Any], chip: "Chip | None", plan: "Plan", tries: int) -> dict[str, Any] | None:
+def advised(config: "ConfigDict", mesh: "Mesh", chip: "Chip | None", plan: "Plan", tries: int) -> dict[str, Any] | None:
     """The first of the smallest changes with which the update fits. Those that cannot, by their parameters alone, are not compiled."""
     from ldm_jax.training import programs
     from ldm_jax.training.plan import compile_plan, smallest_changes
 
-    _, mesh, _ = fitted(config, devices)
-    train = config.train
+    train, devices = config.train, list(mesh.devices.flat)
     changes = smallest_changes(
         mesh.shape["fsdp"], train.remat, train.accumulation, train.batch_size, mesh.size, mesh.size // mesh.shape["slices"]
     )
@@ -139,7 +138,7 @@ def advised(config: "ConfigDict", devices: Sequence[Any], chip: "Chip | None", p
             break
         changed, other, _ = fitted(config, devices, **change)
         program = programs.train_step(programs.plan_stage(changed), other)
-        least = programs.given_bytes(program) + least_temporaries(plan, change, train)
+        least = program.given_bytes + least_temporaries(plan, change, train)
         if plan.capacity is not None and least > plan.capacity:
             continue
         tries -= 1
@@ -175,14 +174,10 @@ def swept(config: "ConfigDict", devices: Sequence[Any], chip: "Chip | None", nam
     for fsdp in sizes:
         changed, other, _ = fitted(config, devices, **{"mesh.data": -1, "mesh.fsdp": fsdp})
         program = programs.train_step(programs.plan_stage(changed), other)
-        static = programs.given_bytes(program)
-        if chip and static > chip.hbm_bytes:
-            print(f"  fsdp={fsdp}: the state alone takes {gib(static)} of {gib(chip.hbm_bytes)} GiB", flush=True)
-            continue
         plan = compile_plan(program, chip)
         found.append((fsdp, plan))
-        print(f"  fsdp={fsdp}: {gib(plan.total)} GiB, {verdict(plan)}{times(plan)}", flush=True)
-        if chip and fsdp > 1 and static < 0.02 * chip.hbm_bytes:
+        print("  " + ", ".join(filter(None, (f"fsdp={fsdp}: {gib(plan.total)} GiB", verdict(plan), times(plan)))), flush=True)
+        if chip and fsdp > 1 and program.given_bytes < 0.02 * chip.hbm_bytes:
             break  # to split what is small already only adds to what is gathered
     ranked = sorted(
         (each for each in found if each[1].fits is not False), key=lambda each: (each[1].roofs.step if each[1].roofs else 0, each[0])
@@ -215,7 +210,7 @@ def described(plan: "Plan") -> str:
             f"  roofs, ms     compute {1e3 * roofs.compute:.1f}  memory {1e3 * roofs.memory:.1f}  ICI {1e3 * roofs.ici:.1f}"
             f"  DCN {1e3 * roofs.dcn:.1f}"
         )
-        lines.append(f"  at least      {times(plan).removeprefix(', ')}")
+        lines.append(f"  at least      {times(plan)}")
     if plan.compiler_seconds:
         lines.append(f"  XLA's guess   {1e3 * plan.compiler_seconds:.1f} ms")
     lines.append(f"  compiled in   {plan.compile_seconds:.0f} s")
@@ -235,7 +230,7 @@ def times(plan: "Plan") -> str:
     if plan.roofs is None or plan.mfu_bound is None:
         return ""
     step = plan.roofs.step
-    return f", {1e3 * step:.1f} ms by {plan.roofs.bound}: {plan.images / step:.0f} images/s, MFU at most {100 * plan.mfu_bound:.0f} %"
+    return f"{1e3 * step:.1f} ms by {plan.roofs.bound}: {plan.images / step:.0f} images/s, MFU at most {100 * plan.mfu_bound:.0f} %"
 
 
 def gib(size: float | None) -> str:

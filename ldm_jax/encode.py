@@ -1,7 +1,5 @@
 """`python -m ldm_jax.encode --config ... --workdir DIR`: the latent cache of a run whose first stage is complete, and nothing else."""
 
-import sys
-
 from ldm_jax import cli
 
 
@@ -12,14 +10,10 @@ def main() -> int:
     config = configs.from_command(args.config, overrides)
     cli.start(config.train.dtype, args.coordinator, args.num_processes, args.process_id)
     from ldm_jax.training.run import encode
-    from ldm_jax.training.signals import Stopped, stopping_at_once
+    from ldm_jax.training.signals import stopping_at_once
 
-    try:
-        with stopping_at_once():
-            cache = encode(config, configs.WorkDir(args.workdir))
-    except Stopped as stop:
-        sys.stderr.write(f"{stop}\n")
-        return cli.STOPPED
+    with stopping_at_once():
+        cache = encode(config, configs.WorkDir(args.workdir))
     print(f"latents: {cache.directory}")
     return cli.OK
 

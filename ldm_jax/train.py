@@ -14,19 +14,11 @@ def main() -> int:
 
     config = configs.from_command(args.config, overrides)
     cli.start(config.train.dtype, args.coordinator, args.num_processes, args.process_id)
-    from ldm_jax.training.loop import TrainingFailed
     from ldm_jax.training.run import run
-    from ldm_jax.training.signals import Stopped, stopping_at_once
+    from ldm_jax.training.signals import stopping_at_once
 
-    try:
-        with stopping_at_once():
-            workdir = run(config, configs.WorkDir(args.workdir), sys.argv)
-    except Stopped as stop:
-        sys.stderr.write(f"{stop}\n")
-        return cli.STOPPED
-    except TrainingFailed as failure:
-        sys.stderr.write(f"error: {failure}\n")
-        return cli.FAILED
+    with stopping_at_once():
+        workdir = run(config, configs.WorkDir(args.workdir), sys.argv)
     grids = sorted(workdir.samples.glob("*.png"))
     print(f"model: {workdir.model}\nsamples: {grids[-1] if grids else 'none'}")
     return cli.OK

@@ -11,7 +11,7 @@ import pytest
 
 import ldm_jax
 from tests.fake_gcs import Storage, serving_here
-from tests.test_resume import ROOT, STEPS, checkpoint, finish, kill_at, losses
+from tests.test_resume import ROOT, STEPS, assert_same_run, finish, kill_at
 
 
 def download(storage: Storage, prefix: str, folder: Path) -> Path:
@@ -75,14 +75,8 @@ def check_same(found: Path, local: Path) -> None:
         Path(f"samples/{STEPS:08d}.png"),
     ]
     files += [p.relative_to(local) for p in local.glob("latents/*/*.array_record")]
-    for file in files:
-        assert (found / file).read_bytes() == (local / file).read_bytes(), file
+    assert_same_run(found, local, files)
     for stage in ("first_stage", ""):
-        one, other = checkpoint(local / stage), checkpoint(found / stage)
-        assert one.keys() == other.keys() and len(one) > 100
-        for path, leaf in one.items():
-            assert leaf.dtype == other[path].dtype and leaf.tobytes() == other[path].tobytes(), path
-        assert losses(found / stage) == losses(local / stage)
         assert any((found / stage).glob("events.*"))
 
 

@@ -111,6 +111,18 @@ def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
     return [(record["step"], {k: v for k, v in record.items() if k not in tiny.CLOCKED | {"step"}}) for record in records]
 
 
+def assert_same_run(run: Path, expected: Path, files: list[Path]) -> None:
+    """The same bytes in those files and in the last checkpoints, and the same losses."""
+    for file in files:
+        assert (run / file).read_bytes() == (expected / file).read_bytes(), file
+    for stage in ("first_stage", ""):
+        one, other = checkpoint(expected / stage), checkpoint(run / stage)
+        assert one.keys() == other.keys() and len(one) > 100
+        for path, leaf in one.items():
+            assert leaf.dtype == other[path].dtype and leaf.tobytes() == other[path].tobytes(), path
+        assert losses(run / stage) == losses(expected / stage)
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     undisturbed, killed, log = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "log.txt"
@@ -134,14 +146,7 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     assert len(files) == 4  # the first stage's model, and the three parts of the model
     files += [Path("oracle.json"), Path("tokenizer.json"), Path("model/model.json"), Path("samples/00000032.png")]
     files += [p.relative_to(undisturbed) for p in undisturbed.glob("latents/*/*.array_record")]
-    for file in files:
-        assert (killed / file).read_bytes() == (undisturbed / file).read_bytes(), file
-    for stage in ("first_stage", ""):
-        one, other = checkpoint(undisturbed / stage), checkpoint(killed / stage)
-        assert one.keys() == other.keys() and len(one) > 100
-        for path, leaf in one.items():
-            assert leaf.dtype == other[path].dtype and leaf.tobytes() == other[path].tobytes(), path
-        assert losses(killed / stage) == losses(undisturbed / stage)
+    assert_same_run(killed, undisturbed, files)
     # What a killed writer left may be another run's for an hour, but is never part of the cache (tests/data/test_latents.py).
     assert len(list(killed.glob("latents/*/*.array_record"))) == len(list(undisturbed.glob("latents/*/*.array_record")))
 

@@ -24,11 +24,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ldm_jax import paths
-from ldm_jax.config import UserError
 from ldm_jax.data.array_record import READER_OPTIONS, WRITER_OPTIONS
 from ldm_jax.data.local_shards import local_shards
 from ldm_jax.data.order import Bucket
 from ldm_jax.data.records import decode_example, encode_example
+from ldm_jax.errors import UserError, first_line
 
 FORMAT_VERSION = 1
 MARKER = "COMPLETE"
@@ -240,7 +240,7 @@ class LatentCache:
             return reader.read(offsets)
         except (RuntimeError, IndexError) as error:
             raise UserError(
-                f"the latent cache's shard {path} cannot be read ({_first_line(error)}); delete it and the file "
+                f"the latent cache's shard {path} cannot be read ({first_line(error)}); delete it and the file "
                 f"{self.directory / MARKER}, and run the encoding again"
             ) from error
 
@@ -301,9 +301,5 @@ def _reporting_disk_errors(directory: Any) -> Iterator[None]:
         if full in str(error):
             raise UserError(f"no space left for the latent cache in {directory}; free some or move data.latents") from error
         if forbidden in str(error) or isinstance(error, FileExistsError | NotADirectoryError):
-            raise UserError(f"the latent cache cannot be written in {directory}: {_first_line(error)}") from error
+            raise UserError(f"the latent cache cannot be written in {directory}: {first_line(error)}") from error
         raise
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.config import UserError
 from ldm_jax.data.reader import Reader, as_text, captions
+from ldm_jax.errors import UserError, first_line
 
 
 class TfdsSource(Reader):
@@ -42,7 +42,7 @@ class TfdsSource(Reader):
             pictures = {key for field, key in self._keys.items() if field in ("image", "segmentation", "mask")}
             self._source = builder.as_data_source(split=split, decoders={key: tfds.decode.SkipDecoding() for key in pictures})
         except (ValueError, LookupError, NotImplementedError, AssertionError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"data.name: TFDS {name!r}, split {split!r}, cannot be read from {data_dir or 'the default data_dir'}: "
                 f"{reason}; prepare it first with `tfds build {name} --file_format=array_record`"

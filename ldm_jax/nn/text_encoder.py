@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ldm_jax.nn.attention import MultiHeadAttention
 from ldm_jax.nn.layers import Array, Dense, Dtype, gelu
-from ldm_jax.nn.remat import check_remat, rematted, rematted_group
+from ldm_jax.nn.remat import rematted, rematted_group
 
 # Large beside what an untrained layer adds, so that tokens and places differ from the first step: with the usual 0.02, the layers' uniform
 # attention drowns them, and a small model takes captions for bags of words for thousands of steps (docs/performance.md).
@@ -33,10 +33,6 @@ class TextTransformer(nn.Module):
     head_dim: int = 64
     dtype: Dtype = jnp.float32
     remat: str = "none"
-
-    def check(self) -> None:
-        """Raises ValueError where a setting is wrong."""
-        check_remat(self.remat)
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:

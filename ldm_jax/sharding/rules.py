@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ldm_jax.config import UserError
@@ -108,26 +107,26 @@ def gathered(params: Any, dtype: Any, rules: Sequence[Rule] = DEFAULT, prefix: s
         if spec == PartitionSpec():
             return leaf
         kernel = name.endswith("kernel")
-        return _gathered(leaf, spec, jnp.dtype(dtype) if kernel else leaf.dtype, not kernel)
+        return _whole(leaf.astype(dtype) if kernel else leaf, spec, not kernel)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(leaf: jax.Array, spec: PartitionSpec, dtype: Any, table: bool) -> jax.Array:
-    cast = jax.lax.with_sharding_constraint(leaf.astype(dtype), spec)  # before it crosses the network
-    return jax.lax.with_sharding_constraint(cast, PartitionSpec())
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(leaf: jax.Array, spec: PartitionSpec, table: bool) -> jax.Array:
+    leaf = jax.lax.with_sharding_constraint(leaf, spec)  # cast before it crosses the network
+    return jax.lax.with_sharding_constraint(leaf, PartitionSpec())
 
 
-def _gathered_forward(leaf: jax.Array, spec: PartitionSpec, dtype: Any, table: bool) -> tuple[jax.Array, jax.Array]:
-    return _gathered(leaf, spec, dtype, table), jnp.zeros((), leaf.dtype)
+def _whole_forward(leaf: jax.Array, spec: PartitionSpec, table: bool) -> tuple[jax.Array, None]:
+    return _whole(leaf, spec, table), None
 
 
-def _gathered_backward(spec: PartitionSpec, dtype: Any, table: bool, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+def _whole_backward(spec: PartitionSpec, table: bool, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     if table:
         # Of a table of embeddings: where its gradient is asked for in parts, all of the batch's embeddings are gathered to make them.
         gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
-    return (jax.lax.with_sharding_constraint(gradient, spec).astype(like.dtype),)
+    return (jax.lax.with_sharding_constraint(gradient, spec),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_whole.defvjp(_whole_forward, _whole_backward)

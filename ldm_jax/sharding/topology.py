@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ldm_jax.config import UserError
+from ldm_jax.errors import UserError, first_line
 from ldm_jax.sharding.chips import CHIPS, Chip, find_chip
 
 LOCAL = ("cpu", "gpu", "tpu")
@@ -28,7 +28,7 @@ def open_topology(name: str) -> tuple[list[Any], Chip | None]:
         try:
             devices = jax.devices(name)
         except RuntimeError as error:
-            raise UserError(f"--topology {name}: {_reason(error)}") from error
+            raise UserError(f"--topology {name}: {first_line(error)}") from error
         return devices, find_chip(devices[0].device_kind)
     match = _TOPOLOGY.fullmatch(name)
     if not match:
@@ -42,11 +42,6 @@ def open_topology(name: str) -> tuple[list[Any], Chip | None]:
     try:
         described = topologies.get_topology_desc(f"{match[1]}:{match[2]}", platform="tpu", num_slices=slices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--topology {name}: {_reason(error)}") from error
+        raise UserError(f"--topology {name}: {first_line(error)}") from error
     devices = list(described.devices)
     return devices, next((chip for chip in CHIPS if chip.name == match[1]), find_chip(devices[0].device_kind))
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0]

@@ -27,9 +27,9 @@ from typing import Any
 import jax
 from jax._src.distributed import global_state
 
+from ldm_jax.errors import FAILED, OK, STOPPED
 from ldm_jax.sharding.processes import PREFIX, client, wait_for_all
 
-OK, FAILED, STOPPED = 0, 1, 75
 INTERVAL = 1.0  # seconds between two looks
 BEAT = 5  # looks between two beats
 LOST_AFTER = 45.0  # seconds without a beat

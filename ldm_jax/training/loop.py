@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ldm_jax.config import WorkDir
 from ldm_jax.data.pipeline import Batches
+from ldm_jax.errors import Stopped, TrainingFailed
 from ldm_jax.paths import make_directory, write_json
 from ldm_jax.sharding.chips import find_chip
 from ldm_jax.sharding.mesh import batch_sharding, check_batch, local_rows, replicated, to_global
@@ -37,7 +38,7 @@ from ldm_jax.training.metrics import Goodput, MetricWriter, Throughput, memory_i
 from ldm_jax.training.optimizer import schedule_from_config
 from ldm_jax.training.preview import save_grid
 from ldm_jax.training.profile import Profiler
-from ldm_jax.training.signals import Stopped, StopSignals
+from ldm_jax.training.signals import StopSignals
 from ldm_jax.training.state import Metrics, State, before_skipped, with_params
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,6 @@ class Stage(Protocol):
         ...
 
     def notes(self) -> Iterator[str]: ...
-
-
-class TrainingFailed(Exception):
-    """The run cannot go on (losses that are not finite); a front door exits with 1."""
 
 
 def abstract_state(stage: Stage, mesh: Mesh) -> State:
@@ -322,6 +319,10 @@ def step_flops(stage: Stage, batches: Batches, state: State, phase: bool) -> int
     rows = stage.config.train.batch_size
     example = batches.batch(0)
     batch = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in example.items() if isinstance(v, np.ndarray)}
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    plain = stage.without_remat()
-    return count_flops(lambda s, b, f, r: plain.update(s, b, f, r, phase), abstract, batch, stage.frozen, jax.random.key(0))
+    return update_flops(stage.without_remat(), state, batch, phase)
+
+
+def update_flops(stage: Stage, state: State, batch: Mapping[str, Any], phase: bool) -> int:
+    """Operations of one update of a stage, on a state and a global batch that may be abstract; what it computes anew counts."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, dict(batch), stage.frozen))
+    return count_flops(lambda s, b, f, r: stage.update(s, b, f, r, phase), *abstract, jax.random.key(0))

@@ -97,12 +97,28 @@ def set_effort(quick: bool) -> None:
 def compile_plan(program: Planned, chip: Chip | None) -> Plan:
     """Compiles a program and measures it; one that is too large for its chip's memory is not an error."""
     chips = program.mesh.size
-    flops, computed = program.flops / chips, program.computed / chips
+    flops, computed = (operations / chips for operations in program.count())
     memory = {name: size for name, tree in program.given.items() if (size := bytes_of(tree))}
-    given = sum(memory.values())
+    given = program.given_bytes
+
+    def plan(total: int, capacity: int | None, fits: bool | None, seconds: float, **measured: Any) -> Plan:
+        return Plan(
+            name=program.name,
+            chips=chips,
+            images=program.images,
+            fits=fits,
+            memory=memory,
+            total=total,
+            capacity=capacity,
+            exceeded=max(total - capacity, 0) if capacity else 0,
+            flops=flops,
+            computed=computed,
+            compile_seconds=seconds,
+            **measured,
+        )
+
     if chip and given > chip.hbm_bytes:  # no need to compile it
-        more = given - chip.hbm_bytes
-        return Plan(program.name, chips, program.images, False, memory, given, chip.hbm_bytes, more, flops, computed, 0.0)
+        return plan(given, chip.hbm_bytes, False, 0.0)
     lowered, start = program.lower(), time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -110,10 +126,8 @@ def compile_plan(program: Planned, chip: Chip | None) -> Plan:
         exhausted = _exhausted(str(error), given)
         if exhausted is None:
             raise
-        used, available = exhausted
-        memory["temporaries"] = max(used - given, 0)
-        seconds = time.perf_counter() - start
-        return Plan(program.name, chips, program.images, False, memory, used, available, used - available, flops, computed, seconds)
+        memory["temporaries"] = max(exhausted[0] - given, 0)
+        return plan(*exhausted, False, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
     memory["padding"] = max(stats.argument_size_in_bytes - given, 0)
@@ -128,23 +142,16 @@ def compile_plan(program: Planned, chip: Chip | None) -> Plan:
         ici, dcn = (sum(getattr(each, f"{name}_bytes") for each in traffic.values()) for name in ("ici", "dcn"))
         roofs = Roofs(computed / chip.peak_bf16, moved / chip.hbm_bandwidth, ici / chip.ici_bandwidth, dcn / chip.dcn_bandwidth)
     estimate = (compiled.cost_analysis() or {}).get("optimal_seconds")
-    return Plan(
-        program.name,
-        chips,
-        program.images,
-        None if capacity is None else total <= capacity,
-        memory,
+    return plan(
         total,
         capacity,
-        max(total - capacity, 0) if capacity else 0,
-        flops,
-        computed,
+        None if capacity is None else total <= capacity,
         seconds,
-        traffic,
-        largest,
-        moved,
-        roofs,
-        float(estimate) if estimate and estimate > 0 else None,
+        traffic=traffic,
+        largest=largest,
+        memory_traffic=moved,
+        roofs=roofs,
+        compiler_seconds=float(estimate) if estimate and estimate > 0 else None,
     )
 
 

@@ -41,7 +41,7 @@ class Planned:
       lower: traces and lowers it for its devices.
       given: its arguments by what they are ("parameters", "optimiser", ...), abstract, with their placement.
       images: that one execution handles, on all its devices together.
-      flops: operations of one execution on all devices, without what is computed anew; `computed` counts that too.
+      count: traces it to count the operations of one execution on all devices: without what is computed anew, and with it.
     """
 
     name: str
@@ -49,19 +49,18 @@ class Planned:
     given: dict[str, Abstract]
     mesh: Mesh
     images: int
-    flops: int
-    computed: int
+    count: Callable[[], tuple[int, int]]
+
+    @property
+    def given_bytes(self) -> int:
+        """Bytes of its arguments on one device."""
+        return bytes_of(self.given)
 
 
 def bytes_of(tree: Abstract) -> int:
     """Bytes of an abstract tree on one device."""
     leaves = (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding"))
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def given_bytes(program: Planned) -> int:
-    """Bytes of a program's arguments on one device."""
-    return bytes_of(program.given)
 
 
 def plan_stage(config: ConfigDict) -> AutoencoderStage | DiffusionStage:
@@ -95,14 +94,12 @@ def train_step(stage: AutoencoderStage | DiffusionStage, mesh: Mesh) -> Planned:
         with jax.set_mesh(mesh):
             return loop.jit_update(stage, mesh, state).lower(state, batch, frozen, root, phase)
 
+    def count() -> tuple[int, int]:
+        flops = loop.update_flops(stage.without_remat(), state, batch, phase)
+        return flops, flops if stage.config.train.remat == "none" else loop.update_flops(stage, state, batch, phase)
+
     given = {"parameters": state.params, "optimiser": state.opt, "EMA": state.ema, "frozen": frozen, "batch": batch}
-
-    def operations(of: AutoencoderStage | DiffusionStage) -> int:
-        return count_flops(lambda s, b, f, r: of.update(s, b, f, r, phase), *_plain((state, batch, frozen)), _key())
-
-    flops = operations(stage.without_remat())
-    computed = flops if stage.config.train.remat == "none" else operations(stage)
-    return Planned("train step", lower, given, mesh, stage.config.train.batch_size, flops, computed)
+    return Planned("train step", lower, given, mesh, stage.config.train.batch_size, count)
 
 
 def sampler(stage: DiffusionStage, mesh: Mesh) -> Planned:
@@ -122,8 +119,8 @@ def sampler(stage: DiffusionStage, mesh: Mesh) -> Planned:
     def lower() -> Any:
         return generate_jit.lower(*static, params, inputs)
 
-    flops = count_flops(lambda p, i: generate_jit(*static, p, i), *_plain((params, inputs)))
-    return Planned("sampler", lower, {"parameters": params, "batch": inputs}, alone, number, flops, flops)
+    count = partial(_counted, partial(generate_jit, *static), params, inputs)
+    return Planned("sampler", lower, {"parameters": params, "batch": inputs}, alone, number, count)
 
 
 def encoder(stage: AutoencoderStage | DiffusionStage, mesh: Mesh) -> Planned:
@@ -137,8 +134,8 @@ def encoder(stage: AutoencoderStage | DiffusionStage, mesh: Mesh) -> Planned:
     images = jax.ShapeDtypeStruct((number, side, side, 3), jnp.uint8)
     program = encode_jit(first, alone)
     params, images = _placed(params, replicated(alone)), _placed(images, batch_sharding(alone))
-    flops = count_flops(program, *_plain((params, images)))
-    return Planned("encoder", lambda: program.lower(params, images), {"parameters": params, "batch": images}, alone, number, flops, flops)
+    count = partial(_counted, program, params, images)
+    return Planned("encoder", partial(program.lower, params, images), {"parameters": params, "batch": images}, alone, number, count)
 
 
 def _one_device(mesh: Mesh, host_batch: int) -> tuple[Mesh, int]:
@@ -158,8 +155,11 @@ def _placed(tree: Any, placement: Any) -> Abstract:
     return jax.tree.map(lambda a: a if isinstance(a, float) else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement), tree)
 
 
-def _plain(tree: Any) -> Abstract:
-    return jax.tree.map(lambda a: a if isinstance(a, float) else jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+def _counted(program: Callable[..., Any], *given: Abstract) -> tuple[int, int]:
+    """Operations of a program that computes nothing anew, twice."""
+    plain = jax.tree.map(lambda a: a if isinstance(a, float) else jax.ShapeDtypeStruct(a.shape, a.dtype), given)
+    flops = count_flops(program, *plain)
+    return flops, flops
 
 
 def _rows(tree: Any, number: int) -> Abstract:

@@ -8,16 +8,10 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from ldm_jax.errors import Stopped
 from ldm_jax.sharding import watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Stopped(BaseException):
-    """The run was asked to stop and goes on when it is started again; a front door exits with 75.
-
-    As of KeyboardInterrupt, no clause for errors may take hold of it.
-    """
 
 
 class StopSignals:
