@@ -111,6 +111,7 @@ while :; do
             code=$?
         [ "$code" -eq 0 ] && continue
         failed=again
+        [ "$code" -eq 75 ] && continue # it was stopped, and goes on
         echo "$name failed with exit code $code" >&2
         on_one "$failure" failure "$run" "$name failed with exit code $code" </dev/null
     done

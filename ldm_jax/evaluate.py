@@ -5,7 +5,7 @@ python -m ldm_jax.evaluate --output DIR --samples PATH --reference PATH         
 python -m ldm_jax.evaluate --output DIR --model DIR --reconstructions            its first stage
 python -m ldm_jax.evaluate --config FILE --write-reference FILE.npz              statistics of a configuration's data
 
-A killed job goes on where it was when the same command is run again.
+A stopped or killed job goes on where it was when the same command is run again.
 """
 
 import sys
@@ -127,13 +127,22 @@ def main() -> int:
     swept = sweep_of(args.sweep)
     prompts = read_prompts(None, args.prompts_file)
     cli.start("auto", args.coordinator, args.num_processes, args.process_id)
+    from ldm_jax.training.signals import stopping_at_once
+
+    with stopping_at_once():
+        evaluate(args, overrides, prompts, swept)
+    return cli.OK
+
+
+def evaluate(args: Any, overrides: list[str], prompts: list[str] | None, swept: tuple[str, list[float]]) -> None:
+    """What the flags ask for, once the process is set up. Raises UserError."""
     from ldm_jax.evaluation.job import open_tools
 
     check_effects(args)
     tools = open_tools({name: getattr(args, name) for name in _WEIGHTS}, args.measure_batch, args.allow_small, args.any_weights)
     if args.write_reference:
         write_reference(args, overrides, tools)
-        return cli.OK
+        return
     import ldm_jax
     from ldm_jax.training.evaluation_job import Evaluation
 
@@ -142,7 +151,6 @@ def main() -> int:
     remove(output / "features", args.keep_features)
     print("\n".join(lines))
     print(f"report: {output / 'report.html'}")
-    return cli.OK
 
 
 def remove(features: Path, keep: bool) -> None:

@@ -356,7 +356,7 @@ def start(run: Path, output: Path, log: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_job_killed_five_times_ends_with_the_same_report(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_job_killed_or_stopped_five_times_ends_with_the_same_report(runs: dict[str, Path], tmp_path: Path) -> None:
     log, rng = tmp_path / "log.txt", random.Random(0)
     assert start(runs["label"], tmp_path / "undisturbed", log).wait(600) == 0, log.read_text()[-3000:]
     killed = tmp_path / "killed"
@@ -367,8 +367,9 @@ def test_a_job_killed_five_times_ends_with_the_same_report(runs: dict[str, Path]
             assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        how = signal.SIGKILL if len(drawn_at_kills) % 2 == 0 else signal.SIGTERM
+        process.send_signal(how)
+        assert process.wait() == (-how if how == signal.SIGKILL else 75), "it ended before"
         drawn_at_kills.append({file.name: file.stat().st_mtime_ns for file in (killed / "samples").glob("0*.npz")})
     assert not (killed / "report.json").exists()
     assert start(runs["label"], killed, log).wait(600) == 0, log.read_text()[-3000:]

@@ -98,6 +98,15 @@ def test_what_fails_is_tried_three_times(tmp_path: Path) -> None:
     assert "evaluating" not in done.stdout
 
 
+def test_what_was_stopped_has_not_failed(tmp_path: Path) -> None:
+    run, python = tmp_path / "run", tmp_path / "python"
+    (run / "checkpoints" / "8").mkdir(parents=True)
+    python.write_text("#!/bin/bash\nexit 75\n")
+    python.chmod(stat.S_IRWXU)
+    done = evaluate(run, tmp_path, PYTHON=str(python))
+    assert done.returncode == 1 and "evaluating" in done.stdout and not (run / "reports" / "failed.txt").exists()
+
+
 def test_a_slice_is_given_the_paths_of_weights(tmp_path: Path) -> None:
     run = tmp_path / "a run"
     (run / "checkpoints" / "8").mkdir(parents=True)
