@@ -47,14 +47,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         raise UserError(
             f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices{of}: the product must be {total} (one of the two may be -1)"
         )
-    shape = (sizes[0], sizes[1])
+    return Mesh(_placed(devices, slices, known, sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _placed(devices: Sequence[jax.Device], slices: int, known: int, sizes: Sequence[int]) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours on an axis near each other in the network. An axis of the mesh may be half of one of the
+    torus, which `jax.make_mesh` allows on v5e alone."""
+    shape = (1, *sizes)
+    if known == 1 and slices > 1:
+        return np.asarray(devices).reshape(slices, *sizes)
     if known > 1:
-        placed = mesh_utils.create_hybrid_device_mesh((1, *shape), (slices, 1, 1), devices, allow_split_physical_axes=True)
-    elif slices > 1:
-        placed = np.asarray(devices).reshape(slices, *shape)
-    else:
-        return jax.make_mesh((1, *shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+        return mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

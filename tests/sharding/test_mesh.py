@@ -1,3 +1,6 @@
+from dataclasses import dataclass
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -15,6 +18,30 @@ def test_make_mesh_fills_the_devices(data, fsdp, shape):
     assert mesh.axis_names == ("slices", "data", "fsdp")
     assert mesh.devices.shape == (1, *shape)
     assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@dataclass(frozen=True)
+class Tpu:
+    """What of a TPU decides where it comes to lie in a mesh."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "torus"),
+    [("TPU v4", (4, 4, 4)), ("TPU v5", (4, 4, 4)), ("TPU v5", (4, 4, 6)), ("TPU v5 lite", (16, 16, 1)), ("TPU v6 lite", (8, 8, 1))],
+)
+def test_a_mesh_of_any_size_lies_on_a_torus(kind: str, torus: tuple[int, int, int]):
+    places = [place[::-1] for place in np.ndindex(torus[::-1])]
+    devices: list[Any] = [Tpu(i, place, kind) for i, place in enumerate(places)]
+    for fsdp in (n for n in range(1, len(devices) + 1) if len(devices) % n == 0):
+        mesh = make_mesh(-1, fsdp, devices)
+        assert mesh.devices.shape == (1, len(devices) // fsdp, fsdp) and set(mesh.devices.flat) == set(devices)
 
 
 def test_make_mesh_on_some_of_the_devices():
