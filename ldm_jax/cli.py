@@ -39,8 +39,9 @@ def start(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    join: bool = True,
 ) -> None:
-    """Sets the process up before anything touches a device: logging, cluster, float64 where asked for."""
+    """Sets the process up before anything touches a device: logging, cluster (`join`), float64 where asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of each error that it raises
     sys.unraisablehook = _unraisable
@@ -51,7 +52,7 @@ def start(
     set_environment(os.environ)  # read when the first device is touched
     import jax
 
-    if initialize(coordinator, num_processes, process_id):
+    if join and initialize(coordinator, num_processes, process_id):
         watch.start()
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)

@@ -6,7 +6,6 @@ by what it holds, operations, collectives, roofs. Where the update does not fit,
 says that something does not fit. Nothing is run, no data and no weights are read (but those of first_stage.path). See docs/scale.md.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
-    from ldm_jax.sharding.chips import Chip
+    from ldm_jax.sharding.topology import Topology
     from ldm_jax.training.plan import Plan
 
-PROGRAMS = ("step", "sampler", "encoder")
+PROGRAMS = ("first_stage", "step", "preview", "sampler", "encoder")
 _GIB = 2**30
 
 
@@ -34,9 +33,11 @@ def parser() -> cli.Parser:
     flags.add_argument(
         "--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:8x8, two slices as v5e:16x16*2; gpu or cpu: what is here"
     )
-    flags.add_argument("--programs", default=",".join(PROGRAMS), help="which of %(default)s")
+    flags.add_argument("--programs", metavar="NAME,...", help=f"which of {', '.join(PROGRAMS)} (all that the run has)")
     flags.add_argument("--sweep", choices=("mesh",), help="compiles the update for each sensible mesh.fsdp, and ranks them")
-    flags.add_argument("--effort", choices=("quick", "full"), default="quick", help="of XLA: a minute a program, or up to an hour (quick)")
+    flags.add_argument(
+        "--effort", choices=("quick", "full"), default="quick", help="of XLA for a slice: a minute a program, or up to an hour (quick)"
+    )
     flags.add_argument("--advise", type=int, default=4, metavar="N", help="changes that are tried where the update does not fit (4)")
     flags.add_argument("--json", metavar="FILE", help="where the numbers go besides")
     return flags
@@ -44,61 +45,99 @@ def parser() -> cli.Parser:
 
 def main() -> int:
     args, overrides = parser().parse_known_args()
-    chosen = args.programs.split(",")
+    chosen = args.programs.split(",") if args.programs else PROGRAMS
     if unknown := sorted(set(chosen) - set(PROGRAMS)):
         raise UserError(f"--programs {unknown[0]!r} is not one of {', '.join(PROGRAMS)}")
+    if args.programs and args.sweep:
+        raise UserError("--sweep compiles the update alone: --programs has no effect")
     from ldm_jax import config as configs
-    from ldm_jax.paths import make_directory, write_json
+    from ldm_jax.paths import write_json
     from ldm_jax.sharding.topology import LOCAL, open_topology
 
     config = configs.from_command(args.config, overrides, weights=False)
-    if args.topology not in LOCAL or args.topology == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    if args.topology not in LOCAL and config.train.dtype == "auto":
-        with config.unlocked():
-            config.train.dtype = "bfloat16"
-    cli.start(config.train.dtype)
-    devices, chip = open_topology(args.topology)
+    if args.json:
+        check_writable(Path(args.json))
+    cli.start(config.train.dtype, join=False)
+    import jax
+
     from ldm_jax.training.plan import set_effort
 
-    set_effort(args.effort == "quick")
-    name = f"{args.config} on {args.topology}"
-    found = swept(config, devices, chip, name) if args.sweep else planned(config, devices, chip, name, chosen, args.advise)
+    name, here = f"{args.config} on {args.topology}", args.topology in LOCAL
+    if not here or args.topology == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # no accelerator of this machine is touched, nor its kernels chosen
+    if not here:
+        set_effort(args.effort == "quick")
+        name += f" (effort {args.effort})"
+        if config.train.dtype == "auto":
+            with config.unlocked():
+                config.train.dtype = "bfloat16"
+    on = open_topology(args.topology)
+    found = swept(config, on, name) if args.sweep else planned(config, on, name, chosen, args.advise)
     if args.json:
-        make_directory(Path(args.json).absolute().parent)
         write_json(args.json, {"config": args.config, "overrides": overrides, "topology": args.topology, **found})
-    return cli.OK if found["fits"] else cli.FAILED
+    return cli.FAILED if found["fits"] is False else cli.OK
 
 
-def planned(
-    config: "ConfigDict", devices: Sequence[Any], chip: "Chip | None", name: str, chosen: Sequence[str], tries: int
-) -> dict[str, Any]:
-    """Compiles and prints the programs of a run one after another; what was found, for JSON."""
+def check_writable(path: Path) -> None:
+    """Raises UserError where the numbers cannot go there, before minutes of compiling."""
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
+
+
+def planned(config: "ConfigDict", on: "Topology", name: str, chosen: Sequence[str], tries: int) -> dict[str, Any]:
+    """Compiles and prints the programs of a run one after another; what was found, for JSON. `fits` is None where memory is not known."""
     from ldm_jax.training import programs
     from ldm_jax.training.plan import compile_plan
 
-    config, mesh, notes = fitted(config, devices)
-    print(headline(config, mesh, chip, name), *notes, sep="\n", flush=True)
-    stage = programs.plan_stage(config)
-    there: dict[str, Any] = {"step": programs.train_step}
-    if config.task == "diffusion":
-        there["sampler"] = programs.sampler
-    if config.first_stage.kind != "identity":
-        there["encoder"] = programs.encoder
+    makers: dict[str, Any] = {
+        "step": programs.train_step,
+        "preview": programs.preview,
+        "sampler": programs.sampler,
+        "encoder": programs.encoder,
+    }
     plans: list[Plan] = []
-    advice = None
-    for program in [name for name in there if name in chosen]:
-        plan = compile_plan(there[program](stage, mesh), chip)
-        print(described(plan), flush=True)
-        if program == "step" and plan.fits is False:
-            advice = advised(config, mesh, chip, plan, tries)
-        plans.append(plan)
-    fits = all(plan.fits is not False for plan in plans)
+    notes: list[str] = []
+    advice: dict[str, Any] = {}
+    for title, stage, run, names in parts_of(config):
+        making = {program: makers[maker] for program, maker in names.items() if program in chosen}
+        if not making:
+            continue
+        run, mesh, said = fitted(run, on.devices, stage)
+        notes += said
+        print(headline(run, mesh, on, f"{name}{title}"), *said, sep="\n", flush=True)
+        built = programs.plan_stage(run)
+        for program, make in making.items():
+            plan = compile_plan(make(built, mesh), on.chip, on.memory)
+            print(described(plan), flush=True)
+            if make is programs.train_step and plan.fits is False:
+                advice[program] = advised(run, mesh, on, plan, tries, stage)
+            plans.append(plan)
+    if not plans:
+        raise UserError(f"--programs {','.join(chosen)}: this run has none of them")
+    known = [plan.fits for plan in plans]
+    fits = None if None in known and False not in known else all(known)
     shape = {axis: int(size) for axis, size in mesh.shape.items()}
     return {"fits": fits, "mesh": shape, "notes": notes, "programs": [plan.to_json() for plan in plans], "advice": advice}
 
 
-def fitted(config: "ConfigDict", devices: Sequence[Any], **changes: Any) -> tuple["ConfigDict", "Mesh", list[str]]:
+def parts_of(config: "ConfigDict") -> list[tuple[str, str, "ConfigDict", dict[str, str]]]:
+    """The stages that a run trains, in their order: words for it, where its `train` group lies, its configuration, and the functions of
+    `training/programs.py` by the names of its programs."""
+    from ldm_jax import config as configs
+
+    encoder = {} if config.first_stage.kind == "identity" else {"encoder": "encoder"}
+    if config.task == "autoencoder":
+        return [("", "", config, {"step": "step", **encoder})]
+    own = [("", "", config, {"step": "step", "preview": "preview", "sampler": "sampler", **encoder})]
+    if config.first_stage.path or config.first_stage.kind == "identity":
+        return own
+    return [(", its first stage", "first_stage.", configs.first_stage_run(config), {"first_stage": "step"}), *own]
+
+
+def fitted(config: "ConfigDict", devices: Sequence[Any], stage: str = "", **changes: Any) -> tuple["ConfigDict", "Mesh", list[str]]:
     """A configuration with fields changed, its mesh, and what had to be changed besides: a batch that does not split over the devices."""
     from ml_collections import ConfigDict
 
@@ -114,81 +153,72 @@ def fitted(config: "ConfigDict", devices: Sequence[Any], **changes: Any) -> tupl
     if config.train.batch_size == asked:
         return config, mesh, []
     works = " or ".join(str(n) for n in fitting_batches(asked, unit))
-    return (
-        config,
-        mesh,
-        [
-            f"  batch size {asked} does not split over {mesh.size} chips x {config.train.accumulation}: training will refuse it, and take"
-            f" {works}; below it is {config.train.batch_size}"
-        ],
+    said = (
+        f"  {stage}train.batch_size={asked} does not split over {mesh.size} chips x {config.train.accumulation}: training will refuse it,"
+        f" and take {works}; below it is {config.train.batch_size}"
     )
+    return config, mesh, [said]
 
 
-def advised(config: "ConfigDict", mesh: "Mesh", chip: "Chip | None", plan: "Plan", tries: int) -> dict[str, Any] | None:
-    """The first of the smallest changes with which the update fits. Those that cannot, by their parameters alone, are not compiled."""
+def advised(config: "ConfigDict", mesh: "Mesh", on: "Topology", plan: "Plan", tries: int, stage: str) -> dict[str, Any] | None:
+    """The first of the smallest changes with which the update fits. Those that cannot, by what is known already, are not compiled."""
     from ldm_jax.training import programs
-    from ldm_jax.training.plan import compile_plan, smallest_changes
+    from ldm_jax.training.plan import compile_plan, least_temporaries, smallest_changes
 
-    train, devices = config.train, list(mesh.devices.flat)
-    changes = smallest_changes(
-        mesh.shape["fsdp"], train.remat, train.accumulation, train.batch_size, mesh.size, mesh.size // mesh.shape["slices"]
-    )
-    for words, change in changes:
-        if tries < 1:
-            break
-        changed, other, _ = fitted(config, devices, **change)
+    assert plan.capacity is not None
+    train, slice_size = config.train, mesh.size // mesh.shape["slices"]
+    failed = [(train, plan)]
+    for change in smallest_changes(mesh.shape["fsdp"], train.remat, train.accumulation, train.batch_size, mesh.size, slice_size):
+        named = {f"{stage}{name}" if name.startswith("train") else name: value for name, value in change.items()}
+        words = " and ".join(f"{name}={value}" for name, value in named.items() if name != "mesh.data" or config.mesh.data != -1)
+        changed, other, _ = fitted(config, on.devices, **change)
         program = programs.train_step(programs.plan_stage(changed), other)
-        least = program.given_bytes + least_temporaries(plan, change, train)
-        if plan.capacity is not None and least > plan.capacity:
+        least = program.given_bytes + max(least_temporaries(known, before, changed.train) for before, known in failed)
+        if least > plan.capacity:
+            print(f"  with {words}: {gib(least)} GiB at least", flush=True)
             continue
-        tries -= 1
+        if len(failed) > tries:
+            print(f"  not tried: {words} and what costs more; --advise N tries N changes", flush=True)
+            return None
         print(f"  with {words} ...", end=" ", flush=True)
-        tried = compile_plan(program, chip)
+        tried = compile_plan(program, on.chip, on.memory)
         if tried.fits:
             print(f"fits:\n{described(tried)}", flush=True)
-            return {"change": change, "program": tried.to_json()}
+            return {"change": named, "program": tried.to_json()}
         print(f"{gib(tried.exceeded)} GiB too much", flush=True)
-    print("  no change was found that fits; --advise N tries more", flush=True)
+        failed.append((changed.train, tried))
+    print("  no change was found that fits", flush=True)
     return None
 
 
-def least_temporaries(plan: "Plan", change: dict[str, Any], train: "ConfigDict") -> float:
-    """What a change leaves of the temporaries at the very least: what is kept may shrink to a tenth, the micro-batch in proportion, and
-    gradients, as large as the parameters, to nothing."""
-    share = 0.1 if "train.remat" in change else 1.0
-    share *= train.accumulation / change.get("train.accumulation", train.accumulation)
-    share *= change.get("train.batch_size", train.batch_size) / train.batch_size
-    return max(share * (plan.memory.get("temporaries", 0) - plan.memory["parameters"]), 0.0)
-
-
-def swept(config: "ConfigDict", devices: Sequence[Any], chip: "Chip | None", name: str) -> dict[str, Any]:
+def swept(config: "ConfigDict", on: "Topology", name: str) -> dict[str, Any]:
     """Compiles the update for each sensible size of the fsdp axis, and ranks them by their roofs."""
     from ldm_jax.training import programs
     from ldm_jax.training.plan import compile_plan
 
-    plain, mesh, notes = fitted(config, devices)
-    print(headline(plain, mesh, chip, name), *notes, sep="\n", flush=True)
+    plain, mesh, notes = fitted(config, on.devices)
+    print(headline(plain, mesh, on, name), *notes, sep="\n", flush=True)
     found: list[tuple[int, Plan]] = []
     slice_size = mesh.size // mesh.shape["slices"]
     sizes = [2**i for i in range(slice_size.bit_length()) if slice_size % 2**i == 0]
     for fsdp in sizes:
-        changed, other, _ = fitted(config, devices, **{"mesh.data": -1, "mesh.fsdp": fsdp})
+        changed, other, _ = fitted(config, on.devices, **{"mesh.data": -1, "mesh.fsdp": fsdp})
         program = programs.train_step(programs.plan_stage(changed), other)
-        plan = compile_plan(program, chip)
+        plan = compile_plan(program, on.chip, on.memory)
         found.append((fsdp, plan))
         print("  " + ", ".join(filter(None, (f"fsdp={fsdp}: {gib(plan.total)} GiB", verdict(plan), times(plan)))), flush=True)
-        if chip and fsdp > 1 and program.given_bytes < 0.02 * chip.hbm_bytes:
+        if on.memory and fsdp > 1 and program.given_bytes < 0.02 * on.memory:
             break  # to split what is small already only adds to what is gathered
-    ranked = sorted(
-        (each for each in found if each[1].fits is not False), key=lambda each: (each[1].roofs.step if each[1].roofs else 0, each[0])
-    )
-    print("best first: " + (", ".join(f"fsdp={fsdp}" for fsdp, _ in ranked) or "none fits"), flush=True)
-    return {"fits": bool(ranked), "notes": notes, "sweep": [{"fsdp": fsdp, **plan.to_json()} for fsdp, plan in found]}
+    fitting = [each for each in found if each[1].fits is not False]
+    ranked = sorted(fitting, key=lambda each: (each[1].roofs.step, each[0])) if on.chip else []  # type: ignore[union-attr]
+    said = "best first: " + ", ".join(f"fsdp={fsdp}" for fsdp, _ in ranked) if ranked else "not ranked: roofs of this chip are not known"
+    print(said if fitting else "none fits", flush=True)
+    return {"fits": bool(fitting), "notes": notes, "sweep": [{"fsdp": fsdp, **plan.to_json()} for fsdp, plan in found]}
 
 
-def headline(config: "ConfigDict", mesh: "Mesh", chip: "Chip | None", name: str) -> str:
+def headline(config: "ConfigDict", mesh: "Mesh", on: "Topology", name: str) -> str:
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    kind = chip.name if chip else mesh.devices.flat[0].device_kind
+    kind = on.chip.name if on.chip else mesh.devices.flat[0].device_kind
     train = config.train
     return f"{name}: {mesh.size} x {kind}, mesh {axes}; batch {train.batch_size}, accumulation {train.accumulation}, remat {train.remat}"
 

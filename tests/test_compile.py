@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,13 +14,18 @@ from ldm_jax import config as configs
 from ldm_jax.config import UserError
 from ldm_jax.sharding.chips import Chip
 from ldm_jax.sharding.mesh import make_mesh
-from ldm_jax.sharding.topology import open_topology
+from ldm_jax.sharding.topology import Topology, open_topology
 from ldm_jax.training import plan, programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 OVERRIDES = ["--config.train.dtype=float32"]
-SMALL = Chip("small", "", 1e12, 2**26, 1e10, 1e9, 1e8)  # 64 MiB
+SMALL = 2**26  # bytes of a chip
+
+
+def on(memory: int | None = None) -> Topology:
+    """The devices here, as if they were of a chip with so much memory."""
+    return Topology(jax.devices(), None if memory is None else Chip("some", "", 1e12, memory, 1e10, 1e9, 1e8), memory)
 
 
 def config(spec: str = "configs/class_cond.py:smoke", *overrides: str) -> Any:
@@ -27,9 +33,9 @@ def config(spec: str = "configs/class_cond.py:smoke", *overrides: str) -> Any:
 
 
 def test_a_plan_says_what_the_state_is() -> None:
-    found = front_door.planned(config(), jax.devices(), None, "smoke", ["step", "sampler", "encoder"], 0)
-    step, sampler, encoder = found["programs"]
-    assert [each["name"] for each in found["programs"]] == ["train step", "sampler", "encoder"]
+    found = front_door.planned(config(), on(), "smoke", ["step", "preview", "sampler", "encoder"], 0)
+    step, preview, sampler, encoder = found["programs"]
+    assert [each["name"] for each in found["programs"]] == ["denoiser step", "preview", "sampler", "encoder"]
     stage = programs.plan_stage(config())
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(stage.abstract_params))
     assert step["memory"]["parameters"] == 4 * parameters
@@ -37,7 +43,9 @@ def test_a_plan_says_what_the_state_is() -> None:
     assert step["memory"]["EMA"] == 4 * parameters * len(config().ema.decays)
     assert step["chips"] == 8 and sampler["chips"] == encoder["chips"] == 1
     assert sampler["images"] == 2 and encoder["images"] == 16  # a device's share of 16, and of 128
-    assert step["flops"] == step["computed"] and found["fits"] is True and step["fits"] is None
+    assert all(preview["memory"][name] == step["memory"][name] for name in ("parameters", "optimiser", "EMA", "batch"))
+    assert preview["memory"]["first stage"] > 0 and preview["total"] > sum(preview["memory"][name] for name in ("first stage", "EMA"))
+    assert step["flops"] == step["computed"] and found["fits"] is None and step["fits"] is None
     assert step["traffic"]["all-reduce"]["ici_bytes"] >= 2 * 4 * parameters * 7 / 8
     assert json.loads(json.dumps(found)) == found | {"notes": []}
 
@@ -54,26 +62,60 @@ def test_what_does_not_fit_is_said_and_mended(capsys: pytest.CaptureFixture) -> 
     """With 256 images the smoke preset's update takes more than 64 MiB a device; in micro-batches it takes less."""
     cfg = config("configs/class_cond.py:smoke", "--config.train.batch_size=256")
     program = programs.train_step(programs.plan_stage(cfg), make_mesh())
-    needs = plan.compile_plan(program, SMALL)
-    assert needs.total > SMALL.hbm_bytes and needs.fits is False and needs.exceeded == needs.total - SMALL.hbm_bytes
-    found = front_door.planned(cfg, jax.devices(), SMALL, "smoke", ["step"], 8)
+    needs = plan.compile_plan(program, on(SMALL).chip, SMALL)
+    assert needs.total > SMALL and needs.fits is False and needs.exceeded == needs.total - SMALL
+    with cfg.unlocked():
+        cfg.mesh.data = 8  # changes of the mesh make room for themselves
+    found = front_door.planned(cfg, on(SMALL), "smoke", ["step"], 8)
     said = capsys.readouterr().out
     assert found["fits"] is False and "DOES NOT FIT" in said
-    advice = found["advice"]
-    assert advice is not None and advice["program"]["total"] <= SMALL.hbm_bytes and " ... fits" in said
-    assert set(advice["change"]) <= {"mesh.fsdp", "train.remat", "train.accumulation", "train.batch_size"}
+    advice = found["advice"]["step"]
+    assert advice is not None and advice["program"]["total"] <= SMALL and " ... fits" in said
+    assert set(advice["change"]) <= {"mesh.data", "mesh.fsdp", "train.remat", "train.accumulation", "train.batch_size"}
+
+
+def test_a_first_stage_of_its_own_is_planned_too(capsys: pytest.CaptureFixture) -> None:
+    spec, own = "configs/class_cond.py:smoke", "--config.first_stage.train.batch_size=12"
+    found = front_door.planned(config(spec, own), on(2**34), "smoke", ["first_stage"], 0)
+    assert [each["name"] for each in found["programs"]] == ["first stage step"] and found["programs"][0]["images"] == 16
+    assert "  first_stage.train.batch_size=12 does not split over 8 chips" in capsys.readouterr().out
+    assert found["programs"][0]["traffic"]["all-reduce"]["count"] > 0
+
+
+def test_what_may_be_changed_for_memory() -> None:
+    """Whatever the number of examples on a chip, and in fields that training accepts."""
+    for each, parts in ((3, [3]), (11, [11]), (12, [2, 3, 4, 6, 12])):
+        changes = plan.smallest_changes(1, "none", 1, 64 * each, 64, 64)
+        assert [change["train.accumulation"] for change in changes if set(change) == {"train.accumulation"}] == parts
+        batches = [change["train.batch_size"] for change in changes if "train.batch_size" in change]
+        assert batches == sorted(batches, reverse=True) and batches[-1] == 64 and all(batch % 64 == 0 for batch in batches)
+        assert batches[0] < 64 * each
+    assert plan.smallest_changes(64, "full", 1, 64, 64, 64) == []
+
+
+def test_nothing_to_compile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="this run has none"):
+        front_door.planned(config("configs/autoencoder.py:smoke"), on(), "smoke", ["sampler"], 0)
+    command = ["compile", "--config", "configs/autoencoder.py:smoke", "--topology", "cpu"]
+    for flags, words in (
+        (["--programs", "step", "--sweep", "mesh"], "no effect"),
+        (["--programs", "stairs"], "'stairs' is not one of"),
+        (["--json", str(tmp_path)], "cannot be written"),
+    ):
+        monkeypatch.setattr("sys.argv", [*command, *flags])
+        with pytest.raises(UserError, match=words):
+            front_door.main()
 
 
 def test_a_state_too_large_alone_is_not_compiled() -> None:
-    chip = Chip("tiny", "", 1e12, 2**10, 1e10, 1e9, 1e8)
-    found = plan.compile_plan(programs.train_step(programs.plan_stage(config()), make_mesh()), chip)
+    found = plan.compile_plan(programs.train_step(programs.plan_stage(config()), make_mesh()), None, 2**10)
     assert found.fits is False and found.compile_seconds == 0 and "temporaries" not in found.memory
 
 
 def test_a_batch_that_does_not_split_is_planned_with_one_that_does(capsys: pytest.CaptureFixture) -> None:
     changed, mesh, notes = front_door.fitted(config("configs/class_cond.py:smoke", "--config.train.batch_size=12"), jax.devices())
     assert changed.train.batch_size == 16 and mesh.size == 8
-    assert len(notes) == 1 and "batch size 12 does not split over 8 chips" in notes[0] and "8 or 16" in notes[0]
+    assert len(notes) == 1 and "train.batch_size=12 does not split over 8 chips" in notes[0] and "8 or 16" in notes[0]
 
 
 def test_recomputation_costs_operations_and_counts_not_for_mfu() -> None:
@@ -103,8 +145,7 @@ def test_xla_words_for_too_little_memory() -> None:
 
 @pytest.mark.slow
 def test_sweep_ranks_meshes(capsys: pytest.CaptureFixture) -> None:
-    chip = Chip("large", "", 1e12, 2**34, 1e10, 1e9, 1e8)
-    found = front_door.swept(config(), jax.devices(), chip, "smoke")
+    found = front_door.swept(config(), on(2**34), "smoke")
     said = capsys.readouterr().out
     assert found["fits"] and [each["fsdp"] for each in found["sweep"]][:2] == [1, 2]
     assert f"best first: fsdp={min(found['sweep'], key=lambda e: (e['roofs']['step'], e['fsdp']))['fsdp']}" in said
@@ -117,8 +158,8 @@ def test_unknown_topologies(name: str) -> None:
 
 
 def test_local_devices() -> None:
-    devices, chip = open_topology("cpu")
-    assert len(devices) == 8 and chip is None
+    here = open_topology("cpu")
+    assert len(here.devices) == 8 and here.chip is None and here.memory is None
     with pytest.raises(UserError, match="--topology gpu"):
         open_topology("gpu")
 

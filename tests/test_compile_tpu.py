@@ -41,9 +41,9 @@ def test_split_parameters_on_a_slice(tmp_path: Path) -> None:
     assert found["fits"] and found["mesh"] == {"slices": 1, "data": 4, "fsdp": 4}
     assert set(step["traffic"]) <= {"all-gather", "reduce-scatter", "all-reduce", "collective-permute"}
     assert step["traffic"]["reduce-scatter"]["count"] > 0 and step["traffic"]["all-gather"]["count"] > 20
-    # Parameters cross in bfloat16: what is gathered is at most half of what is stored, and a little that stays float32.
+    # Parameters cross in bfloat16: a chip of four sends its quarter on three times, in half of the bytes, and a little that stays float32.
     parameters = step["memory"]["parameters"]
-    assert step["traffic"]["all-gather"]["ici_bytes"] < 4 * parameters
+    assert step["traffic"]["all-gather"]["ici_bytes"] < 2 * parameters
     assert step["traffic"].get("collective-permute", {"ici_bytes": 0})["ici_bytes"] < 0.05 * parameters
     assert step["roofs"]["step"] > 0 and 0 < step["mfu_bound"] <= 1 and step["images_per_second"] > 0
     assert sampler["chips"] == 1 and sampler["traffic"] == {}
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_said_with_what_does(tmp_path: Path) -> None:
     )
     assert code == 1 and "DOES NOT FIT" in said, said
     assert not found["fits"] and found["programs"][0]["exceeded"] > 0
-    assert found["advice"] is not None and found["advice"]["program"]["fits"]
+    assert found["advice"]["step"] is not None and found["advice"]["step"]["program"]["fits"]
 
 
 @pytest.mark.parametrize(("topology", "words"), [("v5e:3x5", "v5e:3x5"), ("v9z:2x2", "v9z")])

@@ -29,7 +29,8 @@ class Chip:
     dcn_bandwidth: float
 
 
-# The first row whose pattern is found decides. Capacities that data sheets give in "GB" are binary ones in fact. TPUs: the pages of
+# The first row whose pattern is found decides; cards of the same name with other memory, power or links (PCIe, NVL, a part of one by MIG)
+# have none. Capacities that data sheets give in "GB" are binary ones in fact. TPUs: the pages of
 # cloud.google.com/tpu/docs, where ICI is given for both directions and the network for a chip, a host or a pod. GPUs: NVIDIA's data sheets,
 # bf16 without sparsity, NVLink given for both directions, and a network card for each GPU as in NVIDIA's own DGX, which others may lack.
 CHIPS = (
@@ -44,14 +45,14 @@ CHIPS = (
     # tpu/docs/tpu7x: 2307 TFLOP/s, 192 GiB, 7380 GB/s, ICI 1200 GB/s both ways, network 100 Gbit/s; here of one of a chip's two devices
     Chip("v7x", r"TPU ?v?7x", 1153.5e12, 96 * _GIB, 3690e9, 300e9, 6.25e9),
     # A100 data sheet: 312 TFLOP/s, 80 GB of 2039 GB/s or 40 GB of 1555 GB/s, NVLink 600 GB/s; DGX A100: 200 Gbit/s a GPU
-    Chip("A100-80GB", r"A100.*80GB", 312e12, 80 * _GIB, 2039e9, 300e9, 25e9),
-    Chip("A100-40GB", r"A100", 312e12, 40 * _GIB, 1555e9, 300e9, 25e9),
+    Chip("A100-80GB", r"A100-SXM\d?-80GB", 312e12, 80 * _GIB, 2039e9, 300e9, 25e9),
+    Chip("A100-40GB", r"A100-SXM\d?-40GB", 312e12, 40 * _GIB, 1555e9, 300e9, 25e9),
     # H100 data sheet, SXM: 989 TFLOP/s, 80 GB, 3.35 TB/s, NVLink 900 GB/s; DGX H100: 400 Gbit/s a GPU
-    Chip("H100", r"H100 (?!PCIe|NVL)|H100$", 989e12, 80 * _GIB, 3350e9, 450e9, 50e9),
+    Chip("H100", r"\bH100( 80GB HBM3| SXM\d?)?$", 989e12, 80 * _GIB, 3350e9, 450e9, 50e9),
     # H200 data sheet, SXM: 989 TFLOP/s, 141 GB, 4.8 TB/s, NVLink 900 GB/s; DGX H200: 400 Gbit/s a GPU. 140 GiB is what the driver shows.
-    Chip("H200", r"\bH200", 989e12, 140 * _GIB, 4800e9, 450e9, 50e9),
+    Chip("H200", r"\bH200( SXM\d?)?$", 989e12, 140 * _GIB, 4800e9, 450e9, 50e9),
     # DGX B200 data sheet, an eighth of it: 2250 TFLOP/s, 180 GB, 8 TB/s, NVLink 1800 GB/s, 400 Gbit/s. 179 GiB is what the driver shows.
-    Chip("B200", r"\bB200", 2250e12, 179 * _GIB, 8000e9, 900e9, 50e9),
+    Chip("B200", r"\bB200( SXM\d?)?$", 2250e12, 179 * _GIB, 8000e9, 900e9, 50e9),
 )
 
 

@@ -93,8 +93,7 @@ class Program:
             for n in talking:
                 kind = n.op.removesuffix("-start")
                 given = sum(shape_bytes(shapes.get(operand, "")) for operand in n.operands)
-                # The result of a start is its operands and results together, and flags.
-                made = shape_bytes(n.shape) - (given if n.op.endswith("-start") and kind != "all-reduce" else 0)
+                made = shape_bytes(n.shape) - (given if _has_operands(n) else 0)
                 fused = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 plain = re.sub(r"\{[^{}]*\}", "", n.shape)
                 found.append(Collective("reduce-scatter" if fused else kind, plain, max(given, made), self._groups(n), times))
@@ -110,7 +109,7 @@ class Program:
                 for n in self.computations[name]:
                     if n.op not in _NO_TRAFFIC and not n.op.endswith("-done"):
                         read = sum(shape_bytes(shapes.get(operand, ""), main_memory=True) for operand in n.operands)
-                        total += times * (read + shape_bytes(n.shape, main_memory=True))
+                        total += times * ((0 if _has_operands(n) else read) + shape_bytes(n.shape, main_memory=True))
         return total
 
     def _visited(self) -> Iterator[tuple[str, int, bool]]:
@@ -157,6 +156,11 @@ class Program:
         names = list(axes)
         order = [names.index(n) for n in names if n not in talking] + [names.index(n) for n in talking]
         return ids.transpose(order).reshape(-1, math.prod(axes[n] for n in talking))
+
+
+def _has_operands(instruction: Instruction) -> bool:
+    """Whether the shape of the result is of the operands and the results together, as that of a start is."""
+    return instruction.op.endswith("-start") and instruction.op != "all-reduce-start"
 
 
 def _iota(text: str) -> np.ndarray:

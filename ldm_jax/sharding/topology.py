@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,8 +14,16 @@ LOCAL = ("cpu", "gpu", "tpu")
 _TOPOLOGY = re.compile(r"(v\d+\w*):([1-9]\d*(?:x[1-9]\d*){0,2})(?:\*([1-9]\d*))?")
 
 
-def open_topology(name: str) -> tuple[list[Any], Chip | None]:
-    """The devices of a topology, and the row of `CHIPS` that they are of, None where there is none.
+class Topology(NamedTuple):
+    """`chip` is the row of `CHIPS` that the devices are of, `memory` the bytes of one that programs may take: None where not known."""
+
+    devices: list[Any]
+    chip: Chip | None
+    memory: int | None
+
+
+def open_topology(name: str) -> Topology:
+    """The devices of a topology.
 
     Args:
       name: a TPU slice, "v5e:16x16" or "v5p:4x4x4", of `v4`, `v5e`, `v5p`, `v6e`; several, joined by the data-centre network, as
@@ -29,7 +37,7 @@ def open_topology(name: str) -> tuple[list[Any], Chip | None]:
             devices = jax.devices(name)
         except RuntimeError as error:
             raise UserError(f"--topology {name}: {first_line(error)}") from error
-        return devices, find_chip(devices[0].device_kind)
+        return Topology(devices, find_chip(devices[0].device_kind), (devices[0].memory_stats() or {}).get("bytes_limit"))
     match = _TOPOLOGY.fullmatch(name)
     if not match:
         raise UserError(f"--topology {name!r} is none of {', '.join(LOCAL)}, nor a TPU slice such as v5e:16x16, v5p:4x4x4 or v5e:16x16*2")
@@ -44,4 +52,5 @@ def open_topology(name: str) -> tuple[list[Any], Chip | None]:
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(f"--topology {name}: {first_line(error)}") from error
     devices = list(described.devices)
-    return devices, next((chip for chip in CHIPS if chip.name == match[1]), find_chip(devices[0].device_kind))
+    chip = next((chip for chip in CHIPS if chip.name == match[1]), find_chip(devices[0].device_kind))
+    return Topology(devices, chip, chip.hbm_bytes if chip else None)

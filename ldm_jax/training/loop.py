@@ -160,8 +160,7 @@ class _Run:
         chip = find_chip(jax.devices()[0].device_kind)
         self.meter = Throughput(self.config.train.batch_size, mesh.size, chip.peak_bf16 if chip else None)
         self.norm = jax.jit(optax.tree.norm)
-        self.metered: bool | None = None
-        self.compiled: set[tuple[Any, ...]] = set()
+        self.flops: dict[tuple[Any, ...], int] = {}  # of one update, by its program
         self.pending: tuple[int, Metrics] | None = None
 
     def steps(self, state: State, start: int) -> State:
@@ -171,18 +170,19 @@ class _Run:
         for note in self.stage.notes() if start == 0 else ():
             logger.warning(note)
         profiler = Profiler(self.workdir.profile, self.config.train.profile, start)
+        self.meter.begin()
         with closing(self.batches.iterate(start)) as data, self._progress(start) as bar, profiler:
             for step in range(start, total):
                 self._between(state, step)
-                self._meter_for(step, state)
                 if profiler.starts(step + 1):
                     jax.block_until_ready(state)
                 with profiler.update(step + 1):
                     with self.meter.waiting():
                         batch = next(data)
-                    with self._compiling(step, batch), jax.transfer_guard("disallow"):
-                        state, metrics = step_fn(state, to_global(batch, self.mesh), self.root, self.stage.phase(step))
-                self.meter.step()
+                    program = (self.stage.phase(step), *(v.shape for v in batch.values() if isinstance(v, np.ndarray)))
+                    with self._compiling(program, state, batch), jax.transfer_guard("disallow"):
+                        state, metrics = step_fn(state, to_global(batch, self.mesh), self.root, program[0])
+                self.meter.step(self.flops[program])
                 profiler.started(step + 1, metrics)
                 self._record(step + 1, state, metrics, bar)
         self._check_finite(state)
@@ -245,21 +245,13 @@ class _Run:
         known = {name: value for name, value in found.items() if name != "step" and value is not None}
         self.writer.write(step, {f"evaluation/{name}": value for name, value in known.items()})
 
-    def _meter_for(self, step: int, state: State) -> None:
-        """A new window at the start and where the program changes: its operations are counted from its own trace."""
-        phase = self.stage.phase(step)
-        if phase != self.metered:
-            with self.meter.paused():
-                flops = step_flops(self.stage, self.batches, state, phase)
-            self.meter.begin(flops)
-            self.metered = phase
-
-    def _compiling(self, step: int, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Around the start of an update: the first one of each program, that is phase and shapes, waits for its compilation."""
-        program = (self.stage.phase(step), *(v.shape for v in batch.values() if isinstance(v, np.ndarray)))
-        if program in self.compiled:
+    def _compiling(self, program: tuple[Any, ...], state: State, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Around the start of an update: the first one of each program, that is phase and shapes, waits for its compilation. Its operations
+        are counted from its own trace."""
+        if program in self.flops:
             return nullcontext()
-        self.compiled.add(program)
+        with self.meter.paused():
+            self.flops[program] = step_flops(self.stage, batch, state, program[0])
         return self.meter.paused()
 
     def _record(self, step: int, state: State, metrics: Metrics, bar: Any) -> None:
@@ -314,12 +306,12 @@ class _Run:
         )
 
 
-def step_flops(stage: Stage, batches: Batches, state: State, phase: bool) -> int:
-    """Operations of one update on the global batch, counted from its trace, without what is computed anew to save memory."""
+def step_flops(stage: Stage, batch: Mapping[str, Any], state: State, phase: bool) -> int:
+    """Operations of one update on a global batch of whose examples `batch` has some, counted from its trace, without what is computed
+    anew to save memory."""
     rows = stage.config.train.batch_size
-    example = batches.batch(0)
-    batch = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in example.items() if isinstance(v, np.ndarray)}
-    return update_flops(stage.without_remat(), state, batch, phase)
+    whole = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in batch.items() if isinstance(v, np.ndarray)}
+    return update_flops(stage.without_remat(), state, whole, phase)
 
 
 def update_flops(stage: Stage, state: State, batch: Mapping[str, Any], phase: bool) -> int:

@@ -150,12 +150,11 @@ class Throughput:
         self, images_per_step: int, chips: int = 1, peak: float | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._images, self._chips, self._peak, self._clock = images_per_step, chips, peak, clock
-        self._flops: float | None = None
         self._earlier = 0.0
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._steps, self._waited, self._paused = self._clock(), 0, 0.0, 0.0
+        self._start, self._steps, self._flops, self._waited, self._paused = self._clock(), 0, 0.0, 0.0, 0.0
 
     def _seconds(self) -> float:
         return self._clock() - self._start - self._paused
@@ -165,9 +164,9 @@ class Throughput:
         """Seconds of this session that were not `paused`."""
         return self._earlier + self._seconds()
 
-    def begin(self, flops_per_step: float) -> None:
-        """Starts a new window, with a program of so many operations an update on the global batch (`flops.count_flops`)."""
-        self._earlier, self._flops = self.productive, flops_per_step
+    def begin(self) -> None:
+        """Starts a new window."""
+        self._earlier = self.productive
         self._reset()
 
     @contextmanager
@@ -184,13 +183,14 @@ class Throughput:
         yield
         self._paused += self._clock() - start
 
-    def step(self) -> None:
-        """Counts one update."""
+    def step(self, flops: float) -> None:
+        """Counts one update, of so many operations on the global batch (`flops.count_flops`)."""
         self._steps += 1
+        self._flops += flops
 
     def report(self) -> dict[str, float]:
-        """`step_time` in seconds, `images_per_second` (`_per_chip`), `data_wait` in [0, 1], and where known `tflops_per_second`
-        (`_per_chip`) and `mfu`; starts a new window.
+        """`step_time` in seconds, `images_per_second` (`_per_chip`), `data_wait` in [0, 1], `tflops_per_second` (`_per_chip`), and `mfu`
+        where the chip's peak is known; starts a new window.
 
         Exact where the device was waited for at both ends of the window, and close to it over many steps otherwise.
         """
@@ -198,13 +198,11 @@ class Throughput:
         images = self._steps * self._images / seconds
         figures = {"step_time": seconds / max(self._steps, 1), "data_wait": self._waited / seconds}
         figures |= {"images_per_second": images, "images_per_second_per_chip": images / self._chips}
-        if self._flops is not None:
-            rate = self._steps * self._flops / seconds
-            figures |= {"tflops_per_second": rate / 1e12, "tflops_per_second_per_chip": rate / 1e12 / self._chips}
-            if self._peak is not None:
-                figures["mfu"] = rate / self._chips / self._peak
-        self._earlier = self.productive
-        self._reset()
+        rate = self._flops / seconds
+        figures |= {"tflops_per_second": rate / 1e12, "tflops_per_second_per_chip": rate / 1e12 / self._chips}
+        if self._peak is not None:
+            figures["mfu"] = rate / self._chips / self._peak
+        self.begin()
         return figures
 
 

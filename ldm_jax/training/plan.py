@@ -2,12 +2,12 @@
 
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from ldm_jax.sharding.chips import Chip
 from ldm_jax.sharding.hlo import Program
@@ -94,14 +94,14 @@ def set_effort(quick: bool) -> None:
             jax.config.update(name, -1.0 if quick else 0.0)
 
 
-def compile_plan(program: Planned, chip: Chip | None) -> Plan:
-    """Compiles a program and measures it; one that is too large for its chip's memory is not an error."""
+def compile_plan(program: Planned, chip: Chip | None, capacity: int | None) -> Plan:
+    """Compiles a program and measures it; one that is too large for a chip, of which it may take `capacity` bytes, is not an error."""
     chips = program.mesh.size
     flops, computed = (operations / chips for operations in program.count())
     memory = {name: size for name, tree in program.given.items() if (size := bytes_of(tree))}
     given = program.given_bytes
 
-    def plan(total: int, capacity: int | None, fits: bool | None, seconds: float, **measured: Any) -> Plan:
+    def plan(total: int, there: int | None, fits: bool | None, seconds: float, **measured: Any) -> Plan:
         return Plan(
             name=program.name,
             chips=chips,
@@ -109,16 +109,16 @@ def compile_plan(program: Planned, chip: Chip | None) -> Plan:
             fits=fits,
             memory=memory,
             total=total,
-            capacity=capacity,
-            exceeded=max(total - capacity, 0) if capacity else 0,
+            capacity=there,
+            exceeded=max(total - there, 0) if there else 0,
             flops=flops,
             computed=computed,
             compile_seconds=seconds,
             **measured,
         )
 
-    if chip and given > chip.hbm_bytes:  # no need to compile it
-        return plan(given, chip.hbm_bytes, False, 0.0)
+    if capacity and given > capacity:  # no need to compile it
+        return plan(given, capacity, False, 0.0)
     lowered, start = program.lower(), time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -133,7 +133,7 @@ def compile_plan(program: Planned, chip: Chip | None) -> Plan:
     memory["padding"] = max(stats.argument_size_in_bytes - given, 0)
     memory["temporaries"] = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     memory["program"] = stats.generated_code_size_in_bytes
-    total, capacity = sum(memory.values()), chip.hbm_bytes if chip else None
+    total = sum(memory.values())
     text = Program(compiled.as_text())
     traffic, largest = _traffic(text, program.mesh)
     moved = float(text.memory_bytes())
@@ -181,19 +181,22 @@ def _exhausted(message: str, given: int) -> tuple[int, int] | None:
     return int(float(match[1]) * _UNITS[match[2]]) + more, int(float(match[3]) * _UNITS[match[4]])
 
 
-def smallest_changes(
-    fsdp: int, remat: str, accumulation: int, batch: int, chips: int, slice_size: int
-) -> Sequence[tuple[str, dict[str, Any]]]:
-    """What may be changed to need less memory, in words and as fields, what costs least first: the mesh, what is kept, the micro-batch,
-    the batch."""
-    splits = [n for n in (2 * fsdp, 4 * fsdp, 8 * fsdp, 16 * fsdp, 32 * fsdp) if slice_size % n == 0]
-    found: list[dict[str, Any]] = [{"mesh.fsdp": n} for n in splits]
+def smallest_changes(fsdp: int, remat: str, accumulation: int, batch: int, chips: int, slice_size: int) -> list[dict[str, Any]]:
+    """Fields that may be changed to need less memory, what costs least first: the mesh, what is kept, the micro-batch, the batch."""
+    meshes: list[dict[str, Any]] = [{"mesh.data": -1, "mesh.fsdp": n * fsdp} for n in (2, 4, 8, 16, 32) if slice_size % (n * fsdp) == 0]
     levels = ("conv+dense+attention", "blocks", "full")
-    found += [{"train.remat": r} for r in levels[levels.index(remat) + 1 if remat in levels else 0 :]]
-    parts = [n * accumulation for n in (2, 4, 8, 16) if batch % (n * accumulation * chips) == 0]
-    found += [{"train.accumulation": n} for n in parts]
-    if splits:
-        found += [{"mesh.fsdp": splits[-1], "train.remat": "blocks"}]
-        found += [{"mesh.fsdp": splits[-1], "train.remat": "blocks", "train.accumulation": n} for n in parts]
-    found += [{"train.batch_size": batch // n} for n in (2, 4, 8, 16) if batch % (n * accumulation * chips) == 0]
-    return [(" and ".join(f"{name}={value}" for name, value in each.items()), each) for each in found]
+    remats: list[dict[str, Any]] = [{"train.remat": level} for level in levels[levels.index(remat) + 1 if remat in levels else 0 :]]
+    unit = chips * accumulation
+    each = batch // unit  # examples that a chip has at a time
+    parts = [{"train.accumulation": n * accumulation} for n in range(2, each + 1) if each % n == 0]
+    fewer = [{"train.batch_size": n * unit} for n in sorted({3 * each // 4, each // 2, each // 4, 1} - {0, each}, reverse=True)]
+    together = [mesh | {"train.remat": "blocks"} | part for mesh in meshes[-1:] for part in ({}, *parts)] if remat != "full" else []
+    return [*meshes, *remats, *parts, *together, *fewer]
+
+
+def least_temporaries(plan: Plan, before: ConfigDict, after: ConfigDict) -> float:
+    """What another `train` group leaves of a plan's temporaries at the very least: what is kept may shrink to a tenth where less is kept,
+    what belongs to the examples in proportion to the micro-batch, and gradients, as large as the parameters, to nothing."""
+    share = 1.0 if after.remat == before.remat else 0.1
+    share *= (after.batch_size / after.accumulation) / (before.batch_size / before.accumulation)
+    return max(share * (plan.memory.get("temporaries", 0) - plan.memory["parameters"]), 0.0)

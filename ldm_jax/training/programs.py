@@ -37,9 +37,10 @@ class Planned:
     """A program and what it is given.
 
     Attributes:
-      name: "train step", "sampler", "encoder".
+      name: "denoiser step", "preview", "sampler", "encoder".
       lower: traces and lowers it for its devices.
-      given: its arguments by what they are ("parameters", "optimiser", ...), abstract, with their placement.
+      given: what lies on the devices while it runs, its arguments and else, by what it is ("parameters", "optimiser", ...), abstract, with
+        its placement.
       images: that one execution handles, on all its devices together.
       count: traces it to count the operations of one execution on all devices: without what is computed anew, and with it.
     """
@@ -53,7 +54,7 @@ class Planned:
 
     @property
     def given_bytes(self) -> int:
-        """Bytes of its arguments on one device."""
+        """Bytes of `given` on one device."""
         return bytes_of(self.given)
 
 
@@ -99,28 +100,48 @@ def train_step(stage: AutoencoderStage | DiffusionStage, mesh: Mesh) -> Planned:
         return flops, flops if stage.config.train.remat == "none" else loop.update_flops(stage, state, batch, phase)
 
     given = {"parameters": state.params, "optimiser": state.opt, "EMA": state.ema, "frozen": frozen, "batch": batch}
-    return Planned("train step", lower, given, mesh, stage.config.train.batch_size, count)
+    return Planned(f"{stage.name} step", lower, given, mesh, stage.config.train.batch_size, count)
+
+
+def preview(stage: DiffusionStage, mesh: Mesh) -> Planned:
+    """The samples that training shows, of the averaged weights as they lie on its devices, beside all that an update is given."""
+    texts = stage.denoiser.conditioning.fields == ("text",)
+    number = min(max(16, len(stage.config.sample.prompts)), 32) if texts else 16
+    beside = train_step(stage, mesh).given
+    averaged, first = beside["EMA"][str(stage.config.ema.decays[0])], _placed(stage.first_stage_params, replicated(mesh))
+    static, inputs = _drawing(stage, number)
+    params, inputs = {**averaged, "first_stage": first}, _placed(inputs, replicated(mesh))
+    given = {**beside, "first stage": first, "pictures": inputs}
+    count = partial(_counted, partial(generate_jit, *static), params, inputs)
+
+    def lower() -> Any:
+        with jax.set_mesh(mesh):
+            return generate_jit.lower(*static, params, inputs)
+
+    return Planned("preview", lower, given, mesh, number, count)
 
 
 def sampler(stage: DiffusionStage, mesh: Mesh) -> Planned:
     """From noise to images as `sample` draws them: on one device, its share of `sample.batch_size` on a host."""
     alone, number = _one_device(mesh, stage.config.sample.batch_size)
-    conditioning = stage.denoiser.conditioning
     params = {**stage.abstract_params, "first_stage": stage.first_stage_params}
+    static, inputs = _drawing(stage, number)
+    params, inputs = _placed(params, replicated(alone)), _placed(inputs, batch_sharding(alone))
+    count = partial(_counted, partial(generate_jit, *static), params, inputs)
+    lower = partial(generate_jit.lower, *static, params, inputs)
+    return Planned("sampler", lower, {"parameters": params, "batch": inputs}, alone, number, count)
+
+
+def _drawing(stage: DiffusionStage, number: int) -> tuple[tuple[Any, ...], Abstract]:
+    """What `generate` is given besides parameters to draw a number of images: what is static, and the inputs."""
+    conditioning = stage.denoiser.conditioning
     arrays = _rows(_arrays(conditioning), number)
     scale = float(stage.config.sample.guidance)
     guided = conditioning.guides and not is_plain(stage.sampling, scale)
     noise = jax.ShapeDtypeStruct((number, *stage.preview_shape), jnp.float32)
     keys = jax.eval_shape(lambda: image_keys(0, np.arange(number)))
     inputs = GenerateInputs(noise, keys, arrays, arrays if guided else None, scale)
-    static = (stage.first_stage, stage.denoiser, stage.sampling, None)
-    params, inputs = _placed(params, replicated(alone)), _placed(inputs, batch_sharding(alone))
-
-    def lower() -> Any:
-        return generate_jit.lower(*static, params, inputs)
-
-    count = partial(_counted, partial(generate_jit, *static), params, inputs)
-    return Planned("sampler", lower, {"parameters": params, "batch": inputs}, alone, number, count)
+    return (stage.first_stage, stage.denoiser, stage.sampling, None), inputs
 
 
 def encoder(stage: AutoencoderStage | DiffusionStage, mesh: Mesh) -> Planned:
@@ -185,7 +206,7 @@ def _batch(stage: AutoencoderStage | DiffusionStage) -> Abstract:
     number, side = stage.config.train.batch_size, stage.config.data.resolution
     if isinstance(stage, AutoencoderStage):
         return {"image": jax.ShapeDtypeStruct((number, side, side, 3), jnp.uint8)}
-    height, width = next(iter(bucket_sizes(stage.config.data)), (side, side))
+    height, width = max(bucket_sizes(stage.config.data), key=math.prod, default=(side, side))
     image = jax.ShapeDtypeStruct((number, height, width, 3), jnp.uint8)
     arrays, first = _arrays(stage.trained.conditioning), stage.first_stage
     if not stage.config.data.cache:

@@ -291,6 +291,7 @@ def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: 
         if config.conditioning.text.enabled and config.conditioning.text.frozen:
             conditioning = conditioning_for(config, first_stage.network, tokenizer)
             data = with_embeddings(config, workdir, conditioning, latents, starts)
+    del encoder  # and with it the first stage on every device
     stage = DiffusionStage(config, first_stage, params, data, tokenizer)
     if starts:
         init_from.start_denoiser(stage, config.train.init_from)
