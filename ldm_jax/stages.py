@@ -116,12 +116,11 @@ class Denoiser:
     def condition(self, params: Params, arrays: Arrays) -> Arrays:
         return self.conditioning.apply(params["conditioner"], arrays)
 
-    def denoise(self, params: Params, x_t: jax.Array, t: jax.Array, condition: Arrays, dropout_key: jax.Array | None = None) -> jax.Array:
-        """The raw prediction [B,h,w,c] for x_t at t [B] in the process's units; dropout acts where a key is given."""
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
+    def denoise(self, params: Params, x_t: jax.Array, t: jax.Array, condition: Arrays, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """The raw prediction [B,h,w,c] for x_t at t [B] in the process's units; dropout acts where keys [B] are given."""
         features = self.process.time_features(t)
         x_t = x_t * expand(self.process.input_scale(t), x_t).astype(x_t.dtype)
-        return apply(self.network, params["denoiser"], x_t, features, **condition, deterministic=dropout_key is None, rngs=rngs)
+        return apply(self.network, params["denoiser"], x_t, features, **condition, dropout_keys=dropout_keys)
 
 
 class GenerateInputs(NamedTuple):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dense, Dtype, Initializer, fan_in_uniform, gelu, norm, norm_groups, zeros
+from ldm_jax.nn.layers import Array, Dense, Dropout, Dtype, Initializer, fan_in_uniform, gelu, norm, norm_groups, zeros
 from ldm_jax.nn.remat import kept
 
 # Below this many query positions the logits are small and XLA's own fusion is as fast as cuDNN's kernel.
@@ -106,11 +106,11 @@ class GEGLU(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, deterministic: bool = True) -> Array:
+    def __call__(self, x: Array, dropout_keys: Array | None = None) -> Array:
         width = x.shape[-1]
         h = Dense(8 * width, dtype=self.dtype, name="proj")(x)
         value, gate = jnp.split(h, 2, axis=-1)
-        h = nn.Dropout(self.dropout)(value * gelu(gate), deterministic=deterministic)
+        h = Dropout(self.dropout)(value * gelu(gate), dropout_keys)
         return Dense(width, dtype=self.dtype, name="out")(h)
 
 
@@ -123,13 +123,13 @@ class TransformerBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None, deterministic: bool = True) -> Array:
+    def __call__(self, x: Array, context: Array | None, dropout_keys: Array | None = None) -> Array:
         def normed(name: str, y: Array) -> Array:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)(y)
 
         x = x + MultiHeadAttention(self.num_heads, self.head_dim, self.dtype, name="attn1")(normed("norm1", x))
         x = x + MultiHeadAttention(self.num_heads, self.head_dim, self.dtype, name="attn2")(normed("norm2", x), context)
-        return x + GEGLU(self.dropout, self.dtype, name="ff")(normed("norm3", x), deterministic)
+        return x + GEGLU(self.dropout, self.dtype, name="ff")(normed("norm3", x), dropout_keys)
 
 
 class SpatialTransformer(nn.Module):
@@ -143,13 +143,13 @@ class SpatialTransformer(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None, deterministic: bool = True) -> Array:
+    def __call__(self, x: Array, context: Array | None, dropout_keys: Array | None = None) -> Array:
         b, height, width, channels = x.shape
         inner = self.num_heads * self.head_dim
         h = norm(self.dtype, 1e-6, "norm", norm_groups(channels, self.groups))(x).reshape(b, height * width, channels)
         h = Dense(inner, dtype=self.dtype, name="proj_in")(h)
         for i in range(self.depth):
-            h = TransformerBlock(self.num_heads, self.head_dim, self.dropout, self.dtype, name=f"block_{i}")(h, context, deterministic)
+            h = TransformerBlock(self.num_heads, self.head_dim, self.dropout, self.dtype, name=f"block_{i}")(h, context, dropout_keys)
         h = Dense(channels, kernel_init=zeros, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.nn.attention import MultiHeadAttention
-from ldm_jax.nn.layers import Array, Dense, Dtype, Initializer, depth_to_space, space_to_depth, timestep_embedding, zeros
+from ldm_jax.nn.layers import Array, Dense, Dropout, Dtype, Initializer, depth_to_space, space_to_depth, timestep_embedding, zeros
 from ldm_jax.nn.remat import check_remat, rematted, rematted_group
 
 # Table 1; the number after the slash in a model's name ("DiT-XL/2") is its patch size.
@@ -65,7 +65,7 @@ class DiTBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array, context: Array | None = None, deterministic: bool = True) -> Array:
+    def __call__(self, x: Array, emb: Array, context: Array | None = None, dropout_keys: Array | None = None) -> Array:
         width = x.shape[-1]
         count = 6 if context is None else 9
         parts = jnp.split(Dense(count * width, kernel_init=zeros, dtype=self.dtype, name="modulation")(emb)[:, None], count, axis=-1)
@@ -81,7 +81,7 @@ class DiTBlock(nn.Module):
 
         def feed_forward(h: Array) -> Array:
             h = _gelu_tanh(Dense(int(self.mlp_ratio * width), kernel_init=_xavier, dtype=self.dtype, name="mlp_in")(h))
-            h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
+            h = Dropout(self.dropout)(h, dropout_keys)
             return Dense(width, kernel_init=_xavier, dtype=self.dtype, name="mlp_out")(h)
 
         x = branch(x, 0, attention("attn"))
@@ -149,12 +149,13 @@ class DiT(nn.Module):
         crossattn: Array | None = None,
         concat: Array | None = None,
         vector: Array | None = None,
-        deterministic: bool = True,
+        dropout_keys: Array | None = None,
     ) -> Array:
         """x [B,h,w,C] and t float [B] (in the embedding's units) to [B,h,w,out_channels].
 
-        crossattn [B,L,D] is attended to, concat [B,h,w,C'] joins x, vector [B,width] is added to the time embedding. Any h and w that
-        patch_size divides will do. The result is in at least float32. Raises ValueError for inputs that do not fit the settings.
+        crossattn [B,L,D] is attended to, concat [B,h,w,C'] joins x, vector [B,width] is added to the time embedding. Dropout acts
+        where it is given keys [B], one an example. Any h and w that patch_size divides will do. The result is in at least float32. Raises
+        ValueError for inputs that do not fit the settings.
         """
         self._check_inputs(x, crossattn, vector)
         if concat is not None:
@@ -167,8 +168,8 @@ class DiT(nn.Module):
         tokens = tokens.reshape(x.shape[0], -1, self.width) + jnp.asarray(positions(*grid, self.width), dtype)
         group = math.isqrt(self.depth)
         for start in range(0, self.depth, group):
-            blocks = rematted_group(DiT._blocks, self.remat, (1, 5))
-            tokens = blocks(self, range(start, min(start + group, self.depth)), tokens, emb, crossattn, deterministic)
+            blocks = rematted_group(DiT._blocks, self.remat, (1,))
+            tokens = blocks(self, range(start, min(start + group, self.depth)), tokens, emb, crossattn, dropout_keys)
 
         final = Dense(2 * self.width, kernel_init=zeros, dtype=dtype, name="final_modulation")(emb)[:, None]
         shift, scale = jnp.split(final, 2, axis=-1)
@@ -178,11 +179,11 @@ class DiT(nn.Module):
         y = depth_to_space(patches.reshape(x.shape[0], *grid, -1), size)[..., : self.out_channels]
         return y.astype(jnp.promote_types(dtype, jnp.float32))
 
-    def _blocks(self, which: range, tokens: Array, emb: Array, context: Array | None, deterministic: bool) -> Array:
-        cls = rematted(DiTBlock, self.remat, (4,))
+    def _blocks(self, which: range, tokens: Array, emb: Array, context: Array | None, dropout_keys: Array | None) -> Array:
+        cls = rematted(DiTBlock, self.remat)
         for i in which:
             block = cls(self.num_heads, self.mlp_ratio, self.qk_norm, self.mlp_epsilon, self.dropout, self.dtype, name=f"block_{i}")
-            tokens = block(tokens, emb, context, deterministic)
+            tokens = block(tokens, emb, context, dropout_keys)
         return tokens
 
     def _embedding(self, t: Array, vector: Array | None) -> Array:

@@ -4,6 +4,7 @@ All feature maps are NHWC. `dtype` is the compute type; parameters keep their ow
 statistics are taken in at least float32.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,26 @@ def depth_to_space(x: Array, size: int) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * size, w * size, c // size**2)
 
 
+class Dropout(nn.Module):
+    """Zeroes elements with probability `rate` and divides the others by 1 - rate (Srivastava et al. 2014); without keys, x as it is.
+
+    `keys` are typed PRNG keys [B], one an example of x [B, ...]. A mask is drawn from the example's key and the module's path in the
+    network, so it is the same in whatever batch or micro-batch and on whatever device the example lies.
+    """
+
+    rate: float
+
+    def __call__(self, x: Array, keys: Array | None) -> Array:
+        if keys is None or self.rate == 0:
+            return x
+        if self.rate == 1:
+            return jnp.zeros_like(x)
+        layer = zlib.crc32("/".join(self.path).encode())
+        keep = 1 - self.rate
+        mask = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), keep, x.shape[1:]))(keys)
+        return jnp.where(mask, x / keep, jnp.zeros((), x.dtype))
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice, with a skip connection; the time embedding enters between (Dhariwal & Nichol 2021).
 
@@ -182,7 +203,7 @@ class ResBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array | None = None, deterministic: bool = True) -> Array:
+    def __call__(self, x: Array, emb: Array | None = None, dropout_keys: Array | None = None) -> Array:
         h = nn.silu(norm(self.dtype, self.epsilon, "norm1", norm_groups(x.shape[-1], self.groups))(x))
         if self.resample == "down":
             h, x = downsample_mean(h), downsample_mean(x)
@@ -200,7 +221,7 @@ class ResBlock(nn.Module):
                 h = second(h) * (1 + scale) + shift
             else:
                 h = second(h + e)
-        h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=deterministic)
+        h = Dropout(self.dropout)(nn.silu(h), dropout_keys)
         h = Conv(self.features, kernel_init=zeros if self.zero_init else fan_in_uniform, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, dtype=self.dtype, name="skip")(x)

@@ -80,12 +80,13 @@ class UNet(nn.Module):
         crossattn: Array | None = None,
         concat: Array | None = None,
         vector: Array | None = None,
-        deterministic: bool = True,
+        dropout_keys: Array | None = None,
     ) -> Array:
         """x [B,h,w,C] and t float [B] (in the embedding's units) to [B,h,w,out_channels].
 
-        crossattn [B,L,D] is attended to, concat [B,h,w,C'] joins x, vector [B,D] joins the time embedding. h and w must be divisible by
-        `multiple`, or a ValueError is raised. The result is in at least float32.
+        crossattn [B,L,D] is attended to, concat [B,h,w,C'] joins x, vector [B,D] joins the time embedding. Dropout acts where it is
+        given keys [B], one an example. h and w must be divisible by `multiple`, or a ValueError is raised. The result is in at least
+        float32.
         """
         emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_0")(timestep_embedding(t, self.channels).astype(self.dtype))
         emb = Dense(4 * self.channels, dtype=self.dtype, name="time_embed_2")(nn.silu(emb))
@@ -103,49 +104,49 @@ class UNet(nn.Module):
             h = h + jnp.asarray(place_features(*h.shape[1:]), h.dtype)
         skips = [h]
         for level in range(len(self.channel_mult)):
-            down = rematted_group(UNet._down, self.remat, (1, 5))
-            skips += down(self, level, skips[-1], emb, crossattn, deterministic)
-        h = rematted_group(UNet._middle, self.remat, (4,))(self, skips[-1], emb, crossattn, deterministic)
+            down = rematted_group(UNet._down, self.remat, (1,))
+            skips += down(self, level, skips[-1], emb, crossattn, dropout_keys)
+        h = rematted_group(UNet._middle, self.remat)(self, skips[-1], emb, crossattn, dropout_keys)
         for level in reversed(range(len(self.channel_mult))):
             first = -self.num_res_blocks - 1
-            up = rematted_group(UNet._up, self.remat, (1, 6))
-            h = up(self, level, h, tuple(skips[first:]), emb, crossattn, deterministic)
+            up = rematted_group(UNet._up, self.remat, (1,))
+            h = up(self, level, h, tuple(skips[first:]), emb, crossattn, dropout_keys)
             del skips[first:]
 
         h = nn.silu(norm(self.dtype, 1e-5, "out_norm", norm_groups(h.shape[-1], self.norm_groups))(h))
         h = Conv(self.out_channels, kernel_init=zeros, dtype=self.dtype, name="out_conv")(h)
         return h.astype(jnp.promote_types(self.dtype, jnp.float32))
 
-    def _down(self, level: int, h: Array, emb: Array, context: Array | None, deterministic: bool) -> list[Array]:
+    def _down(self, level: int, h: Array, emb: Array, context: Array | None, dropout_keys: Array | None) -> list[Array]:
         """What the blocks of a level make of h one after another, for the way up, and with the last level excepted, the halved map."""
         outputs, block, width = [], 1 + level * (self.num_res_blocks + 1), self.channels * self.channel_mult[level]
         for _ in range(self.num_res_blocks):
-            h = self._res(f"input_{block}_res", width, h, emb, deterministic)
-            h = self._attention(f"input_{block}_attn", 2**level, h, context, deterministic)
+            h = self._res(f"input_{block}_res", width, h, emb, dropout_keys)
+            h = self._attention(f"input_{block}_attn", 2**level, h, context, dropout_keys)
             outputs.append(h)
             block += 1
         if level + 1 == len(self.channel_mult):
             return outputs
         if self.resblock_updown:
-            return [*outputs, self._res(f"input_{block}_down", width, h, emb, deterministic, "down")]
+            return [*outputs, self._res(f"input_{block}_down", width, h, emb, dropout_keys, "down")]
         return [*outputs, Conv(width, stride=2, dtype=self.dtype, name=f"input_{block}_down")(h)]
 
-    def _middle(self, h: Array, emb: Array, context: Array | None, deterministic: bool) -> Array:
-        h = self._res("middle_0_res", h.shape[-1], h, emb, deterministic)
-        h = self._attention("middle_1_attn", None, h, context, deterministic)
-        return self._res("middle_2_res", h.shape[-1], h, emb, deterministic)
+    def _middle(self, h: Array, emb: Array, context: Array | None, dropout_keys: Array | None) -> Array:
+        h = self._res("middle_0_res", h.shape[-1], h, emb, dropout_keys)
+        h = self._attention("middle_1_attn", None, h, context, dropout_keys)
+        return self._res("middle_2_res", h.shape[-1], h, emb, dropout_keys)
 
-    def _up(self, level: int, h: Array, skips: tuple[Array, ...], emb: Array, context: Array | None, deterministic: bool) -> Array:
+    def _up(self, level: int, h: Array, skips: tuple[Array, ...], emb: Array, context: Array | None, dropout_keys: Array | None) -> Array:
         """The way up through a level, with what the way down left there, the last of it first."""
         block, width = (len(self.channel_mult) - 1 - level) * (self.num_res_blocks + 1), self.channels * self.channel_mult[level]
         for skip in reversed(skips):
-            h = self._res(f"output_{block}_res", width, jnp.concatenate([h, skip], -1), emb, deterministic)
-            h = self._attention(f"output_{block}_attn", 2**level, h, context, deterministic)
+            h = self._res(f"output_{block}_res", width, jnp.concatenate([h, skip], -1), emb, dropout_keys)
+            h = self._attention(f"output_{block}_attn", 2**level, h, context, dropout_keys)
             block += 1
         if not level:
             return h
         if self.resblock_updown:
-            return self._res(f"output_{block - 1}_up", width, h, emb, deterministic, "up")
+            return self._res(f"output_{block - 1}_up", width, h, emb, dropout_keys, "up")
         return Conv(width, upsample=True, dtype=self.dtype, name=f"output_{block - 1}_up")(h)
 
     def _vector(self, vector: Array) -> Array:
@@ -154,12 +155,12 @@ class UNet(nn.Module):
             vector = Dense(4 * self.channels, dtype=self.dtype, name=f"vector_embed_{2 * layer}")(vector)
         return vector
 
-    def _res(self, name: str, width: int, h: Array, emb: Array, deterministic: bool, resample: str | None = None) -> Array:
-        cls = rematted(ResBlock, self.remat, (3,))
+    def _res(self, name: str, width: int, h: Array, emb: Array, dropout_keys: Array | None, resample: str | None = None) -> Array:
+        cls = rematted(ResBlock, self.remat)
         block = cls(width, 1e-5, self.dropout, self.scale_shift, resample, groups=self.norm_groups, dtype=self.dtype, name=name)
-        return block(h, emb, deterministic)
+        return block(h, emb, dropout_keys)
 
-    def _attention(self, name: str, factor: int | None, h: Array, context: Array | None, deterministic: bool) -> Array:
+    def _attention(self, name: str, factor: int | None, h: Array, context: Array | None, dropout_keys: Array | None) -> Array:
         """Attention at a level that has it; the middle block (factor None) always does."""
         if factor is not None and factor not in self.attention_levels:
             return h
@@ -167,6 +168,6 @@ class UNet(nn.Module):
         heads = self.num_heads or width // self.head_channels
         if self.transformer_depth == 0:
             return rematted(AttentionBlock, self.remat)(heads, groups=self.norm_groups, dtype=self.dtype, name=name)(h)
-        cls = rematted(SpatialTransformer, self.remat, (3,))
+        cls = rematted(SpatialTransformer, self.remat)
         transformer = cls(heads, width // heads, self.transformer_depth, self.dropout, self.norm_groups, self.dtype, name=name)
-        return transformer(h, context, deterministic)
+        return transformer(h, context, dropout_keys)

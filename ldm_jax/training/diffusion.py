@@ -157,14 +157,14 @@ class DiffusionStage:
             mask = next(c for c in self.denoiser.conditioning.conditioners if isinstance(c, MaskConditioner))
             arrays["mask"] = self.first_stage.masked(frozen, to_float(batch["image"]), batch["hole"], mask)
         arrays = self.trained.conditioning.drop(arrays, key_for(root, "drop", state.step))
-        dropout = key_for(root, "dropout", state.step) if self.config.denoiser.dropout else None
+        keys = jax.random.split(key_for(root, "dropout", state.step), len(draws[0])) if self.config.denoiser.dropout else None
 
         def loss(params: Params, part: Any) -> tuple[jax.Array, Metrics]:
             params = gathered(params, self.dtype, self.rules)
-            x0, eps, in_state, t, arrays = part
+            x0, eps, in_state, t, arrays, dropout_keys = part
             condition, fraction = self.trained.condition(params, arrays), self.denoiser.process.fraction_of(t)
             x_t = noised(self.denoiser.process, x0, in_state, t)
-            pred = self.denoiser.denoise(params, x_t, t, condition, dropout)
+            pred = self.denoiser.denoise(params, x_t, t, condition, dropout_keys)
             each, bound = per_example(self.denoiser.process, self.loss, pred, x0, eps, t)
             sums, counts = bucketed(each + bound, fraction, TIME_BUCKETS)
             if "log_variance" in params:
@@ -175,7 +175,7 @@ class DiffusionStage:
             (value, buckets), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
             return value, buckets, grads
 
-        value, buckets, grads = states.accumulate(one, (*draws, arrays), self.config.train.accumulation)
+        value, buckets, grads = states.accumulate(one, (*draws, arrays, keys), self.config.train.accumulation)
         decays, max_nan = tuple(self.config.ema.decays), self.config.train.max_nan
         state, metrics = states.apply_updates(state, grads, value, self.optimizers, decays, max_nan)
         by_time = buckets["sums"] / buckets["counts"]

@@ -194,7 +194,7 @@ def test_concat_joins_the_channels_and_crossattn_is_attended_to() -> None:
 
 def test_dropout_acts_where_it_is_asked_to() -> None:
     network = DiT(**SMALL, dropout=0.5)
-    drawn = [network.apply(small_params(), **inputs(), deterministic=False, rngs={"dropout": jax.random.key(i)}) for i in (0, 0, 1)]
+    drawn = [network.apply(small_params(), **inputs(), dropout_keys=jax.random.split(jax.random.key(i), 2)) for i in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert np.abs(drawn[0] - drawn[2]).max() > 1e-2
     np.testing.assert_allclose(network.apply(small_params(), **inputs()), run(small_params()), atol=1e-5)

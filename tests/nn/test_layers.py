@@ -1,5 +1,6 @@
 """Layers against closed forms and plain implementations."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from ldm_jax.nn.layers import (
     Conv,
     Dense,
+    Dropout,
     ResBlock,
     depth_to_space,
     downsample_mean,
@@ -128,6 +130,56 @@ def test_dropout_acts_only_when_asked() -> None:
     x = normal(0, 1, 4, 4, 8)
     block = ResBlock(8, 1e-5, dropout=0.5)
     params = randomised(block.init(jax.random.key(0), x))
-    drop = [block.apply(params, x, None, False, rngs={"dropout": jax.random.key(i)}) for i in (0, 1)]
+    drop = [block.apply(params, x, None, keys(i)) for i in (0, 1)]
     assert np.abs(drop[0] - drop[1]).max() > 1e-3
-    np.testing.assert_array_equal(block.apply(params, x), block.apply(params, x))
+    np.testing.assert_array_equal(block.apply(params, x), ResBlock(8, 1e-5).apply(params, x, None, keys(0)))
+
+
+def keys(*seeds: int) -> jax.Array:
+    return jax.vmap(jax.random.key)(jnp.array(seeds))
+
+
+class TwoDropouts(nn.Module):
+    rate: float
+
+    def setup(self) -> None:
+        self.first, self.second = Dropout(self.rate), Dropout(self.rate)
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        return self.first(x, keys), self.second(x, keys)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_a_share_of_one_minus_its_rate_and_scales_it_up(rate: float) -> None:
+    x = 1 + normal(0, 8, 50, 50, 2) ** 2
+    y = np.asarray(Dropout(rate).apply({}, x, keys(*range(8))))
+    kept = y != 0
+    np.testing.assert_allclose(y[kept], x[kept] / (1 - rate), rtol=1e-6)
+    deviation = (rate * (1 - rate) / 5000) ** 0.5  # of an example's share, of a mean of 5000
+    assert np.abs(kept.reshape(8, -1).mean(1) - (1 - rate)).max() < 5 * deviation
+    low = Dropout(rate).apply({}, x.astype(jnp.bfloat16), keys(*range(8)))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(low != 0, kept)
+
+
+def test_dropout_of_nothing_of_everything_and_without_keys() -> None:
+    x = normal(0, 2, 5, 3)
+    np.testing.assert_array_equal(Dropout(0.0).apply({}, x, keys(0, 1)), x)
+    np.testing.assert_array_equal(Dropout(0.5).apply({}, x, None), x)
+    value, gradient = jax.value_and_grad(lambda x: Dropout(1.0).apply({}, x, keys(0, 1)).sum())(x)
+    assert value == 0 and not gradient.any()
+
+
+def test_masks_differ_between_layers_and_examples_and_are_as_good_as_independent() -> None:
+    x = jnp.ones((3, 40, 50))
+    masks = np.stack(TwoDropouts(0.5).apply({}, x, keys(7, 8, 9))).reshape(6, -1) - 1
+    correlations = masks @ masks.T / masks.shape[1]
+    np.testing.assert_allclose(correlations, np.eye(6), atol=5 / 2000**0.5)
+
+
+def test_an_examples_mask_depends_on_its_key_and_not_on_its_neighbours() -> None:
+    x = jnp.ones((4, 6, 5))
+    drop = jax.jit(lambda x, keys: Dropout(0.5).apply({}, x, keys))
+    whole = drop(x, keys(5, 6, 7, 8))
+    np.testing.assert_array_equal(jnp.concatenate([drop(x[:2], keys(5, 6)), drop(x[2:], keys(7, 8))]), whole)
+    np.testing.assert_array_equal(drop(x, keys(8, 6, 7, 5))[jnp.array([3, 1, 2, 0])], whole)

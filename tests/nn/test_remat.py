@@ -1,4 +1,4 @@
-"""What is computed anew in the backward pass changes no gradient, and less is kept the more of it there is."""
+"""What is computed anew in the backward pass, dropout's masks too, changes no gradient, and less is kept the more of it there is."""
 
 from functools import cache
 from typing import Any
@@ -25,13 +25,13 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 
 def network(name: str, remat: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A small network with its inputs."""
-    t, context = jnp.array([3.0, 700.0]), normal(1, 2, 3, 8)
+    """A small network with its inputs; denoisers with dropout."""
+    t, context, keys = jnp.array([3.0, 700.0]), normal(1, 2, 3, 8), jax.random.split(jax.random.key(2), 2)
     if name == "unet":
-        unet = UNet(3, 16, (1, 2), 2, (2,), head_channels=8, remat=remat)
-        return unet, (normal(0, 2, 16, 16, 3), t), {"crossattn": context}
+        unet = UNet(3, 16, (1, 2), 2, (2,), head_channels=8, dropout=0.5, remat=remat)
+        return unet, (normal(0, 2, 16, 16, 3), t), {"crossattn": context, "dropout_keys": keys}
     if name == "dit":
-        return DiT(3, 32, 4, 2, remat=remat), (normal(0, 2, 16, 16, 3), t), {}
+        return DiT(3, 32, 4, 2, dropout=0.5, remat=remat), (normal(0, 2, 16, 16, 3), t), {"dropout_keys": keys}
     if name == "text":
         return TextTransformer(20, 16, 32, 4, 2, 16, remat=remat), (jnp.arange(32).reshape(2, 16) % 20,), {}
     return KLAutoencoder(16, (1, 2), 1, (1,), z_channels=2, latent_channels=2, remat=remat), (normal(0, 2, 16, 16, 3),), {}

@@ -127,3 +127,20 @@ def test_a_context_that_nothing_attends_to_is_an_error() -> None:
 def test_settings_without_effect_or_sense_are_errors(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNet(**{**SMALL, **fields}).check()
+
+
+def test_dropout_of_an_example_depends_on_its_key_alone() -> None:
+    """Not on its neighbours in the batch; another key, as the next step has, is another mask."""
+    network = UNet(**SMALL, dropout=0.5)
+    x, context, t = normal(0, 4, 8, 8, 4), normal(1, 4, 5, 12), jnp.array([3.0, 700.0, 20.0, 300.0])
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    @jax.jit
+    def run(rows: jax.Array, keys: jax.Array | None) -> jax.Array:
+        return network.apply(random_params(), x[rows], t[rows], context[rows], dropout_keys=keys)
+
+    whole = run(jnp.arange(4), keys)
+    halves = [run(rows, keys[rows]) for rows in (jnp.array([0, 1]), jnp.array([2, 3]))]
+    np.testing.assert_allclose(jnp.concatenate(halves), whole, atol=1e-5)
+    others = [run(jnp.arange(4), jax.random.split(jax.random.key(1), 4)), run(jnp.arange(4), None)]
+    assert all(np.abs(other - whole).max((1, 2, 3)).min() > 1e-2 for other in others)

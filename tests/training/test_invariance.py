@@ -83,6 +83,41 @@ def test_updates_equal_those_of_one_device_in_one_piece(kind: str, dtype: str, d
     assert_equal_runs(kind, dtype, updates(kind, dtype, 1, 1), updates(kind, dtype, data, fsdp, accumulation))
 
 
+@cache
+def first_update(dropout: float, data: int, fsdp: int, accumulation: int) -> tuple[float, list[np.ndarray]]:
+    """The loss of an update from random parameters, by which dropout matters at once, and the leaves of Adam's means of its gradients."""
+    cfg = tiny.config()
+    cfg.denoiser.dropout = dropout
+    cfg.train.update(dtype="float64", accumulation=accumulation)
+    with jax.enable_x64(True), mock.patch.object(rules, "MIN_SPLIT_ELEMENTS", 128):
+        stage = tiny.diffusion_stage(cfg)
+        stage.start_from(tiny.random_like(stage.abstract_params))
+        mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+        with jax.set_mesh(mesh):
+            state = loop.init_state(stage, mesh)
+            batch = to_global(stage.batches(rows=local_rows(cfg.train.batch_size, mesh)).batch(0), mesh)
+            root = jax.device_put(jax.random.key(0), replicated(mesh))
+            state, metrics = loop.make_step(stage, mesh, state)(state, batch, root, False)
+        return float(metrics["loss"]), jax.tree.leaves(on_host(state.opt))
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "accumulation"),
+    [(1, 1, 4), (8, 1, 1), *(pytest.param(*run, marks=pytest.mark.slow) for run in ((1, 1, 2), (2, 2, 4)))],
+    ids=["quarters", "devices", "halves", "all"],
+)
+def test_an_example_is_masked_alike_wherever_it_lies(data: int, fsdp: int, accumulation: int) -> None:
+    whole, parted = first_update(0.5, 1, 1, 1), first_update(0.5, data, fsdp, accumulation)
+    assert parted[0] == pytest.approx(whole[0], rel=1e-12)
+    for a, b in zip(whole[1], parted[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10 * np.abs(a).max())
+
+
+@pytest.mark.slow
+def test_dropout_acts_on_an_update() -> None:
+    assert abs(first_update(0.5, 1, 1, 1)[0] - first_update(0.0, 1, 1, 1)[0]) > 1e-2
+
+
 @pytest.mark.slow
 def test_encoding_in_every_step_too() -> None:
     assert_equal_runs("images", "float64", updates("images", "float64", 1, 1), updates("images", "float64", 2, 4))
