@@ -30,9 +30,9 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.model_directory import Params, check_shapes
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.sampling import Sampling, check_guidance, check_sampler, is_plain, make_sampling
-from ldm_jax.sharding.mesh import on_host
+from ldm_jax.sharding.mesh import on_host, split_host_arrays
 from ldm_jax.sharding.rules import from_config, gathered
-from ldm_jax.stages import Denoiser, FirstStage, GenerateInputs, build_denoiser, compute_dtype, generate_jit, prepare, to_float
+from ldm_jax.stages import Denoiser, FirstStage, GenerateInputs, build_denoiser, compute_dtype, generate, prepare, to_float
 from ldm_jax.training import optimizer
 from ldm_jax.training import state as states
 from ldm_jax.training.preview import alternating, shown
@@ -225,21 +225,33 @@ class DiffusionStage:
         given = [name for name in (*names, *self.denoiser.conditioning.optional) if examples and name in examples[0]]
         return {name: [example[name] for example in examples] for name in given}
 
+    @cached_property
+    def draw(self) -> Any:
+        """`draw(averaged, first_stage_params, inputs)`: uint8 [B,H,W,3], by averages that lie as those of the state. Jitted."""
+        prefix = f"ema/{self.config.ema.decays[0]}"
+
+        def draw(averaged: Params, first_stage_params: Params, inputs: GenerateInputs) -> jax.Array:
+            params = {**gathered(averaged, self.dtype, self.rules, prefix), "first_stage": first_stage_params}
+            return generate(self.first_stage, self.denoiser, self.sampling, None, params, inputs)[0]
+
+        return jax.jit(draw)
+
     def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
-        """Samples of fixed inputs and noise by the EMA weights, below what is told in pictures: (uint8 [N,H,W,3], columns, captions)."""
-        params = {**state.ema[str(self.config.ema.decays[0])], "first_stage": self.first_stage_params}
-        conditioning, inputs = self.denoiser.conditioning, self.preview_inputs
+        """Samples of fixed inputs and noise by the EMA weights, below what is told in pictures: (uint8 [N,H,W,3], columns, captions). To be
+        called within `jax.set_mesh`."""
+        conditioning, inputs, mesh = self.denoiser.conditioning, self.preview_inputs, jax.sharding.get_mesh()
         n = len(next(iter(inputs.values()), range(16)))
-        index = np.arange(n)
+        index = np.arange(-(-n // mesh.size) * mesh.size) % n  # as many as the devices divide
         with jax.transfer_guard("allow"):
-            arrays = prepare(self.first_stage, conditioning, params, inputs)
-            null = conditioning.unconditional(arrays)
+            arrays = prepare(self.first_stage, conditioning, {"first_stage": self.first_stage_params}, inputs)
             seed = self.config.sample.seed
             noise, keys = initial_noise(seed, index, self.preview_shape), image_keys(seed, index)
             guidance = float(self.config.sample.guidance)
             doubled = conditioning.guides and not is_plain(self.sampling, guidance)
-            drawn = GenerateInputs(noise, keys, arrays, null if doubled else None, guidance)
-            images = on_host(generate_jit(self.first_stage, self.denoiser, self.sampling, None, params, drawn)[0])
+            given = {"arrays": arrays, "null": conditioning.unconditional(arrays) if doubled else None}
+            rows = split_host_arrays({"noise": np.asarray(noise), **jax.tree.map(lambda a: np.asarray(a)[index], given)}, mesh)
+            drawn = GenerateInputs(keys=keys, scale=guidance, **rows)
+            images = on_host(self.draw(state.ema[str(self.config.ema.decays[0])], self.first_stage_params, drawn))[:n]
         told = shown(inputs, *images.shape[1:3])
         if told is None:
             return images, 8, inputs.get("text")

@@ -107,18 +107,17 @@ def preview(stage: DiffusionStage, mesh: Mesh) -> Planned:
     """The samples that training shows, of the averaged weights as they lie on its devices, beside all that an update is given."""
     texts = stage.denoiser.conditioning.fields == ("text",)
     number = min(max(16, len(stage.config.sample.prompts)), 32) if texts else 16
+    number = -(-number // mesh.size) * mesh.size
     beside = train_step(stage, mesh).given
     averaged, first = beside["EMA"][str(stage.config.ema.decays[0])], _placed(stage.first_stage_params, replicated(mesh))
-    static, inputs = _drawing(stage, number)
-    params, inputs = {**averaged, "first_stage": first}, _placed(inputs, replicated(mesh))
+    inputs = _placed(_drawing(stage, number)[1], batch_sharding(mesh))
     given = {**beside, "first stage": first, "pictures": inputs}
-    count = partial(_counted, partial(generate_jit, *static), params, inputs)
 
     def lower() -> Any:
         with jax.set_mesh(mesh):
-            return generate_jit.lower(*static, params, inputs)
+            return stage.draw.lower(averaged, first, inputs)
 
-    return Planned("preview", lower, given, mesh, number, count)
+    return Planned("preview", lower, given, mesh, number, partial(_counted, stage.draw, averaged, first, inputs))
 
 
 def sampler(stage: DiffusionStage, mesh: Mesh) -> Planned:

@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from ldm_jax.config import UserError
 from ldm_jax.defaults import base
 from ldm_jax.diffusion.process import DiscreteProcess
 from ldm_jax.diffusion.schedules import ENDS
+from ldm_jax.sharding import rules
 from ldm_jax.sharding.mesh import make_mesh, replicated, to_global
 from ldm_jax.stages import build_process
 from ldm_jax.training import diffusion, loop
@@ -75,8 +77,19 @@ def test_a_configuration_trains_and_previews(settings: dict[str, Any]) -> None:
     assert np.all(np.isfinite(losses)) and int(last.skipped) == 0
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.params["denoiser"], last.params["denoiser"])
     assert any(jax.tree.leaves(moved))
-    images, _, _ = stage.preview(last)
+    with jax.set_mesh(make_mesh()):
+        images, _, _ = stage.preview(last)
     assert images.dtype == np.uint8 and images.std() > 0
+
+
+def test_previews_are_the_same_on_any_mesh() -> None:
+    stage, pictures = stage_of(), []
+    for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(2, 4)):
+        with mock.patch.object(rules, "MIN_SPLIT_ELEMENTS", 128), jax.set_mesh(mesh):
+            state = loop.init_state(stage, mesh)
+            pictures.append(stage.preview(state)[0].astype(int))
+    assert pictures[0].shape == pictures[1].shape and pictures[0].std() > 0
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_the_learned_log_variance_is_of_the_loss_and_not_of_the_model() -> None:
