@@ -177,6 +177,24 @@ def test_an_error_in_one_process_ends_all_with_its_reason(tmp_path: Path, broken
     assert job.last_line(1 - broken) == f"error: process {broken} of 2 has ended: the data of batch 5 cannot be read"
 
 
+def signalled(tmp_path: Path, *kinds: str) -> Job:
+    """A job of processes of those kinds of `tests.worker`, all at it."""
+    job = Job(tmp_path, len(kinds), 1, "signals", tmp_path / "ready", *kinds)
+    for which in range(len(kinds)):
+        job.signal(which, 0, (tmp_path / f"ready{which}").exists)
+    return job
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_ends_all_as_stopped_however_long_one_of_them_takes(tmp_path: Path) -> None:
+    """Process 0 stays for the last one, as the store goes with it."""
+    job = signalled(tmp_path, "outside", "outside", "deaf")
+    for which in range(3):
+        job.signal(which, signal.SIGTERM, lambda: True)
+    assert job.codes(BOUND) == [75, 75, 75], [log.read_text()[-3000:] for log in job.logs]
+    assert {job.last_line(which) for which in (0, 1)} == {"stopped; the same command goes on from there"}
+
+
 DEVICES = 4
 MESHES = {"data": "4-1", "fsdp": "1-4", "mixed": "2-2"}
 KINDS = ("autoencoder", "moments")

@@ -2,15 +2,20 @@
 
 updates OUT NAME ...        the runs of `tests/training/test_invariance.py` of these names, their numbers into OUT.npz by process 0
 stage KIND WORKDIR FSDP     `loop.train` of a tiny stage of a kind of that module, 20 updates; the state into WORKDIR/final.npz
+signals READY KIND ...      no work at all, but hearing signals as KINDS says of the kind of each process; READY0, READY1, ... when it begins
 train WORKDIR [--config...] the front door, `ldm_jax.train`, with the configuration `tests/tiny_run.py`
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from ldm_jax import cli
+
+LONG = 600.0  # seconds, as for ever
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def updates(out: str, *names: str) -> int:
@@ -74,6 +79,31 @@ def stage(workdir: str, fsdp: str) -> int:
     return cli.OK
 
 
+def outside() -> None:
+    time.sleep(LONG)
+
+
+def deaf() -> None:
+    """The main thread is in a long call, which no signal ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    time.sleep(LONG)
+
+
+KINDS = {"outside": outside, "deaf": deaf}
+
+
+def signals(ready: str, *kinds: str) -> int:
+    """Each process as its kind says, inside of `stopping_at_once`."""
+    import jax
+
+    from ldm_jax.training.signals import stopping_at_once
+
+    with stopping_at_once():
+        Path(f"{ready}{jax.process_index()}").touch()
+        KINDS[kinds[jax.process_index()]]()
+    return cli.OK
+
+
 def front_door(address: str, number: str, which: str, workdir: str, *overrides: str) -> int:
     from ldm_jax import train
 
@@ -90,7 +120,7 @@ def main() -> int:
     if job == "train":
         return front_door(address, number, which, *arguments)
     cli.start("float32", *(() if address == "-" else (address, int(number), int(which))))
-    return {"updates": updates, "stage": stage}[job](*arguments)
+    return {"updates": updates, "stage": stage, "signals": signals}[job](*arguments)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,8 @@ class Watch:
         self._leave(code, line)
 
     def _leave(self, code: int, line: str, own: bool = True) -> None:
+        with self._turns:
+            self._ending = True  # whatever becomes of the others meanwhile
         self._leaving.acquire()  # never released: one thread ends the process, and the other waits for that
         try:
             self._tell(f"left/{self.me}", json.dumps({"code": code, "line": line, "own": own}))

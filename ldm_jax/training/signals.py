@@ -55,7 +55,10 @@ class StopSignals:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Around a whole job that loses nothing by it, as what it leaves is complete at any moment: SIGTERM and SIGINT raise `Stopped`."""
+    """Around a whole job that loses nothing by it, as what it leaves is complete at any moment: SIGTERM and SIGINT raise `Stopped`.
+
+    After a stop the process is about to end, with an exit code for it: SIGTERM is ignored from then on.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         for other in SIGNALS:
@@ -65,6 +68,9 @@ def stopping_at_once() -> Iterator[None]:
     previous = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
+    except Stopped:
+        previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
