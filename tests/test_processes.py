@@ -195,6 +195,23 @@ def test_a_signal_to_all_ends_all_as_stopped_however_long_one_of_them_takes(tmp_
     assert {job.last_line(which) for which in (0, 1)} == {"stopped; the same command goes on from there"}
 
 
+@pytest.mark.slow
+def test_a_process_that_hears_of_a_stop_before_its_loop_stops_with_the_others(tmp_path: Path) -> None:
+    """And is not ended in the midst of an update that takes long."""
+    job = signalled(tmp_path, "turns", "late")
+    job.signal(0, signal.SIGTERM, lambda: True)
+    assert job.codes(BOUND) == [75, 75], [log.read_text()[-3000:] for log in job.logs]
+    assert {job.last_line(which) for which in (0, 1)} == {"stopped before turn 1"}
+
+
+@pytest.mark.slow
+def test_who_waits_for_a_process_that_has_left_too_soon_ends_as_stopped(tmp_path: Path) -> None:
+    job = signalled(tmp_path, "long", "quits")
+    job.signal(1, signal.SIGTERM, lambda: True)
+    assert job.codes(BOUND) == [75, 75], [log.read_text()[-3000:] for log in job.logs]
+    assert job.last_line(0) == "stopped; the same command goes on from the last checkpoint"
+
+
 DEVICES = 4
 MESHES = {"data": "4-1", "fsdp": "1-4", "mixed": "2-2"}
 KINDS = ("autoencoder", "moments")

@@ -2,7 +2,7 @@
 
 updates OUT NAME ...        the runs of `tests/training/test_invariance.py` of these names, their numbers into OUT.npz by process 0
 stage KIND WORKDIR FSDP     `loop.train` of a tiny stage of a kind of that module, 20 updates; the state into WORKDIR/final.npz
-signals READY KIND ...      no work at all, but hearing signals as KINDS says of the kind of each process; READY0, READY1, ... when it begins
+signals READY KIND ...      no work at all, but hearing signals as `KINDS` says of each process's kind; READY0, READY1, ... when it begins
 train WORKDIR [--config...] the front door, `ldm_jax.train`, with the configuration `tests/tiny_run.py`
 """
 
@@ -89,7 +89,40 @@ def deaf() -> None:
     time.sleep(LONG)
 
 
-KINDS = {"outside": outside, "deaf": deaf}
+def turns(seconds: float, before: float = 0.0) -> None:
+    """A loop whose turns take so long, begun so late."""
+    from ldm_jax.errors import Stopped
+    from ldm_jax.training.signals import StopSignals
+
+    with StopSignals() as stop:
+        time.sleep(before)
+        for turn in range(1000):
+            if stop.stops_before(turn):
+                raise Stopped(f"stopped before turn {turn}")
+            time.sleep(seconds)
+
+
+def quits() -> None:
+    """A loop that a stop ends before the step that was agreed on."""
+    from ldm_jax.errors import Stopped
+    from ldm_jax.training.signals import StopSignals
+
+    with StopSignals() as stop:
+        assert not stop.stops_before(0)
+        while not stop.requested:
+            time.sleep(0.1)
+        time.sleep(4)
+        raise Stopped("stopped too soon")
+
+
+KINDS = {
+    "outside": outside,
+    "deaf": deaf,
+    "turns": lambda: turns(10),
+    "late": lambda: turns(10, before=4),
+    "long": lambda: turns(LONG),
+    "quits": quits,
+}
 
 
 def signals(ready: str, *kinds: str) -> int:

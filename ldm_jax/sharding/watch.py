@@ -64,6 +64,8 @@ class Watch:
         with self._turns:
             while self._announced and self._stop_at is None:  # this turn may lie behind the one that is agreed on
                 self._turns.wait(INTERVAL)
+            if self._turn is None:
+                self._hurry = None  # in the loop a stop is agreed on, even if it was heard before
             self._turn = turn
             return self._stop_at is not None and turn >= self._stop_at
 
@@ -118,8 +120,12 @@ class Watch:
                 self._hear_of_stop(news)
             except jax.errors.JaxRuntimeError:
                 continue  # where process 0 is gone jax ends this process, within moments
-            if self._hurry and time.monotonic() > self._hurry:
+            if self._hurried():
                 self._leave(STOPPED, f"stopped; {_AGAIN}")
+
+    def _hurried(self) -> bool:
+        with self._turns:
+            return self._hurry is not None and time.monotonic() > self._hurry
 
     def _news(self) -> dict[str, str]:
         return self._read("news")
@@ -186,12 +192,12 @@ class Watch:
     def _agree(self, gone: bool) -> None:
         """The step that all stop before is the first that none has begun; nothing is begun between saying it and knowing it.
 
-        Where a process is in no loop, or has left already, there is nothing to agree on: each ends where it is.
+        Where a process is in no loop, or has left before that step, there is nothing to agree on: each ends where it is.
         """
         with self._turns:
             if self._ending:
                 return
-            if self._turn is None or (gone and self._stop_at is None):
+            if self._turn is None or (gone and (self._stop_at is None or self._turn < self._stop_at)):
                 if self._hurry is None:
                     os.kill(os.getpid(), signal.SIGTERM)  # to the main thread, which may be in a call that does not hear it
                     self._hurry = time.monotonic() + _LINGER / 2
