@@ -1,6 +1,6 @@
 """How a run may end other than well, and the exit codes for it."""
 
-OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+OK, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 class UserError(Exception):

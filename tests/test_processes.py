@@ -212,6 +212,19 @@ def test_who_waits_for_a_process_that_has_left_too_soon_ends_as_stopped(tmp_path
     assert job.last_line(0) == "stopped; the same command goes on from the last checkpoint"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_interrupt_that_waits_for_no_checkpoint_ends_all(tmp_path: Path, victim: int) -> None:
+    """The second SIGINT to a process in its loop."""
+    job = signalled(tmp_path, "long", "long")
+    job.signal(victim, signal.SIGINT, lambda: True)
+    time.sleep(3)
+    job.signal(victim, signal.SIGINT, lambda: True)
+    assert job.codes(BOUND) == [130, 130], [log.read_text()[-3000:] for log in job.logs]
+    assert job.last_line(victim) == "interrupted"
+    assert job.last_line(1 - victim) == f"error: process {victim} of 2 has ended: interrupted"
+
+
 DEVICES = 4
 MESHES = {"data": "4-1", "fsdp": "1-4", "mixed": "2-2"}
 KINDS = ("autoencoder", "moments")
