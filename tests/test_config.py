@@ -166,6 +166,7 @@ def test_a_wrong_file_is_one_clear_line(tmp_path: Path, source: str, message: st
         ("train.batch_size", "0", "train.batch_size"),
         ("first_stage.train.steps", "0", "first_stage.train.steps"),
         ("train.dtype", "int8", "train.dtype"),
+        ("train.stall_after", "-1.0", "train.stall_after"),
         ("ema.decays", "()", "ema.decays"),
         ("ema.decays", "(1.0,)", "ema.decays"),
         ("optimizer.warmup", "1000000", "optimizer.warmup"),

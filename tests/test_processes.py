@@ -149,7 +149,7 @@ def test_a_lost_process_ends_the_others_and_a_restart_changes_nothing(undisturbe
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_as_good_as_lost(tmp_path: Path) -> None:
+def test_a_process_that_is_frozen_is_as_good_as_lost(tmp_path: Path) -> None:
     job = Job(tmp_path, 2, 1, "stage", tmp_path, 2, TEST_PAUSE="0.3")
     job.signal(1, signal.SIGSTOP, lambda: steps(tmp_path) >= 3)
     try:
@@ -157,6 +157,16 @@ def test_a_process_that_hangs_is_as_good_as_lost(tmp_path: Path) -> None:
     finally:
         job.processes[1].kill()
     assert job.last_line(0).startswith("error: process 1 of 2 is lost, nothing is heard of it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_lives_and_waits_for_ever_ends_all(tmp_path: Path, victim: int) -> None:
+    """For its data, here. A preview may take longer than that."""
+    job = Job(tmp_path, 2, 1, "stage", tmp_path, 2, TEST_HANG_AT=f"{victim}:5", TEST_STALL="12", TEST_SLOW="25")
+    assert job.codes(BOUND) == [1, 1], [log.read_text()[-3000:] for log in job.logs]
+    line = f"error: no process has begun an update for 12 s (train.stall_after); still in update 6: process {victim} of 2;"
+    assert all(job.last_line(which).startswith(line) for which in (0, 1))
 
 
 @pytest.mark.slow

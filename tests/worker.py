@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ldm_jax import cli
 
@@ -35,8 +36,9 @@ def updates(out: str, *names: str) -> int:
 
 
 def stage(workdir: str, fsdp: str) -> int:
-    """With TEST_FAIL_AT=P:STEP process P finds its data broken there; with TEST_PAUSE each batch takes that many seconds to draw;
-    with TEST_ALONE process 0 is alone at work afterwards, and says so by the file WORKDIR/alone."""
+    """With TEST_FAIL_AT=P:STEP process P finds its data broken there, with TEST_HANG_AT=P:STEP it waits for them for ever, and TEST_STALL
+    seconds are the limit; with TEST_PAUSE each batch takes that many seconds to draw, with TEST_SLOW each preview; with TEST_ALONE process
+    0 is alone at work afterwards, and says so by the file WORKDIR/alone."""
     import jax
     import numpy as np
 
@@ -52,12 +54,20 @@ def stage(workdir: str, fsdp: str) -> int:
     config.train.steps = 20
     config.optimizer.update(learning_rate=0.1)
     config.checkpoint.update(every=6)
-    process, _, broken = os.environ.get("TEST_FAIL_AT", "").partition(":")
+    config.train.stall_after = float(os.environ.get("TEST_STALL", "0"))
 
     def draw(step: int) -> None:
         time.sleep(float(os.environ.get("TEST_PAUSE", "0")))
-        if process == str(jax.process_index()) and step == int(broken):
+        here = f"{jax.process_index()}:{step}"
+        if here == os.environ.get("TEST_HANG_AT"):
+            time.sleep(LONG)
+        if here == os.environ.get("TEST_FAIL_AT"):
             raise UserError(f"the data of batch {step} cannot be read")
+
+    class SlowStage(LineStage):
+        def preview(self, state: Any) -> Any:
+            time.sleep(float(os.environ.get("TEST_SLOW", "0")))
+            return super().preview(state)
 
     def work_alone() -> None:
         (Path(workdir) / "alone").touch()
@@ -65,7 +75,7 @@ def stage(workdir: str, fsdp: str) -> int:
 
     try:
         with stopping_at_once():
-            state = loop.train(LineStage(config, Numbers(), draw, width=64), WorkDir(workdir), make_mesh(-1, int(fsdp)))
+            state = loop.train(SlowStage(config, Numbers(), draw, width=64), WorkDir(workdir), make_mesh(-1, int(fsdp)))
             if "TEST_ALONE" in os.environ:
                 from_first(work_alone)
     except loop.Stopped as stop:
