@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from ldm_jax.errors import BAD_INPUT, FAILED, INTERRUPTED, OK, STOPPED, Stopped, TrainingFailed, UserError
+from ldm_jax.errors import BAD_INPUT, FAILED, INTERRUPTED, OK, STOPPED, NotJoined, Stopped, TrainingFailed, UserError
 
 # XLA's CPU backend takes its scratch memory, hundreds of megabytes, from malloc for each execution and gives it back. By default glibc
 # returns it to the kernel each time, and the page faults of the next execution cost a third of a training step.
@@ -84,7 +84,7 @@ def guarded(main: Callable[[], int]) -> None:
         code = main()
     except UserError as error:
         code, line = BAD_INPUT, f"error: {error}"
-    except TrainingFailed as error:
+    except (TrainingFailed, NotJoined) as error:
         code, line = FAILED, f"error: {error}"
     except Stopped as stop:
         code, line = STOPPED, str(stop)

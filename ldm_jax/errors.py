@@ -11,6 +11,11 @@ class TrainingFailed(Exception):
     """The run cannot go on (losses that are not finite); a front door prints it on one line and exits with 1."""
 
 
+class NotJoined(Exception):
+    """The processes of a run have not found each other, and may when they are started again; a front door prints it on one line and exits
+    with 1."""
+
+
 class Stopped(BaseException):
     """The run was asked to stop and goes on when it is started again; a front door exits with 75.
 
