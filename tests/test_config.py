@@ -253,6 +253,7 @@ def test_the_same_run_may_change_what_defines_nothing() -> None:
         "mesh__fsdp": "2",
         "train__steps": "5",
         "train__log_every": "3",
+        "train__stall_after": "60.0",
         "first_stage__train__steps": "5",
         "checkpoint__every": "7",
         "sample__prompts": "('a',)",

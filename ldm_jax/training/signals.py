@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm_jax.errors import Stopped
 from ldm_jax.sharding import watch
+from ldm_jax.training.preemption import noticed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -61,7 +62,8 @@ class StopSignals:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Around a whole job that loses nothing by it, as what it leaves is complete at any moment: SIGTERM and SIGINT raise `Stopped`.
+    """Around a whole job that loses nothing by it, as what it leaves is complete at any moment: SIGTERM, which a notice of preemption sends
+    too (`preemption.noticed`), and SIGINT raise `Stopped`.
 
     After a stop the process is about to end, with an exit code for it: SIGTERM is ignored from then on.
     """
@@ -73,7 +75,8 @@ def stopping_at_once() -> Iterator[None]:
 
     previous = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
-        yield
+        with noticed():
+            yield
     except Stopped:
         previous[signal.SIGTERM] = signal.SIG_IGN
         raise
