@@ -4,11 +4,12 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 
-from ldm_jax.errors import BAD_INPUT, FAILED, OK, STOPPED, Stopped, TrainingFailed, UserError
+from ldm_jax.errors import BAD_INPUT, FAILED, INTERRUPTED, OK, STOPPED, NotJoined, Stopped, TrainingFailed, UserError
 
 # XLA's CPU backend takes its scratch memory, hundreds of megabytes, from malloc for each execution and gives it back. By default glibc
 # returns it to the kernel each time, and the page faults of the next execution cost a third of a training step.
@@ -77,17 +78,19 @@ def keep_freed_memory() -> None:
 
 
 def guarded(main: Callable[[], int]) -> None:
-    """Runs a front door: bad input is one line and exit code 2, a stop with a complete checkpoint 75. Of several processes all end, with
-    the code and for the reason of the first."""
+    """Runs a front door: bad input is one line and exit code 2, a stop with a complete checkpoint 75, an interrupt 130. Of several
+    processes all end, with the code and for the reason of the first."""
     code, line, unexpected = OK, "", False
     try:
         code = main()
     except UserError as error:
         code, line = BAD_INPUT, f"error: {error}"
-    except TrainingFailed as error:
+    except (TrainingFailed, NotJoined) as error:
         code, line = FAILED, f"error: {error}"
     except Stopped as stop:
         code, line = STOPPED, str(stop)
+    except KeyboardInterrupt:
+        code, line = INTERRUPTED, "interrupted"
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             where = f" {error.filename}" if error.filename else ""
@@ -96,6 +99,7 @@ def guarded(main: Callable[[], int]) -> None:
             traceback.print_exc()
             code, line, unexpected = FAILED, f"error: {type(error).__name__}: {str(error).partition(chr(10))[0]}", True
     if "ldm_jax.sharding.watch" in sys.modules and (group := sys.modules["ldm_jax.sharding.watch"].current()):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C does not wait for the others
         group.leave(code, line, unexpected)
     if line:
         sys.stderr.write(f"{line}\n")

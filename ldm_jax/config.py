@@ -171,6 +171,8 @@ def check(config: ConfigDict, weights: bool = True) -> None:
             raise UserError(f"{prefix}optimizer.learning_rate must be a finite number from 0 up, not {group.optimizer.learning_rate}")
         if group.train.dtype not in ("auto", "bfloat16", "float32", "float64"):
             raise UserError(f"{prefix}train.dtype {group.train.dtype!r} is not one of auto, bfloat16, float32, float64")
+        if not 0 <= group.train.stall_after < math.inf:
+            raise UserError(f"{prefix}train.stall_after must be a finite number of seconds from 0 up, not {group.train.stall_after}")
         _check_profile(group.train, f"{prefix}train.")
         if not group.ema.decays or any(not 0 < d < 1 for d in group.ema.decays):
             raise UserError(f"{prefix}ema.decays must be numbers between 0 and 1, not {group.ema.decays}")
@@ -310,7 +312,7 @@ def first_stage_run(config: ConfigDict) -> ConfigDict:
 # when. (`steps` stretches a schedule that decays; `init_from` is read once, at the start; whose first stage a denoiser has is looked at
 # when it goes on: `learnt_latents`.)
 _FREE = re.compile(
-    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|profile|max_nan|init_from|remat|accumulation)"
+    r"(mesh|checkpoint|sample|evaluate)\..*|(first_stage\.)?train\.(steps|log_every|profile|max_nan|stall_after|init_from|remat|accumulation)"
     r"|data\.(path|latents|copies|encode_batch|workers|max_broken)"
     r"|first_stage\.(path|loss\.(vgg|linear))"
 )

@@ -31,6 +31,7 @@ def train() -> ConfigDict:
             "remat": "none",  # activations kept for the backward pass: none (recomputed) | blocks | full | conv+dense+attention, or some
             "dtype": "auto",  # auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32 | float64
             "max_nan": 10,  # updates skipped in a row for a loss that is not finite before the run stops
+            "stall_after": 1800.0,  # seconds in which none of several processes begins an update, before the run ends with 1; 0: never
             "log_every": 50,
             "profile": (),  # first and last update of a profiler trace, (10, 15): WORKDIR/profile
             "init_from": "",  # a work or model directory whose weights the training starts from; gives a diffusion run its first stage too

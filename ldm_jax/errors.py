@@ -1,6 +1,6 @@
 """How a run may end other than well, and the exit codes for it."""
 
-OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+OK, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 class UserError(Exception):
@@ -9,6 +9,11 @@ class UserError(Exception):
 
 class TrainingFailed(Exception):
     """The run cannot go on (losses that are not finite); a front door prints it on one line and exits with 1."""
+
+
+class NotJoined(Exception):
+    """The processes of a run have not found each other, and may when they are started again; a front door prints it on one line and exits
+    with 1."""
 
 
 class Stopped(BaseException):

@@ -47,6 +47,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     jax.config.update("jax_compilation_cache_dir", cache)
 
 
+def test_an_interrupt_is_one_line(run: Run) -> None:
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    assert run(main) == (130, "", "interrupted\n")
+
+
 def refused(result: tuple[int, str, str]) -> str:
     """The one line of a refusal."""
     code, out, err = result

@@ -1,6 +1,8 @@
 """launch/gpu_host.sh: restarts by exit code, and signals that reach the job."""
 
+import re
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -70,10 +72,22 @@ def test_several_processes_join_and_end_together(cloud: Cloud) -> None:
     cloud.script("bin/job", f'#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES $*" >> "$CLOUD/started"\n{ends}')
     done = cloud.run("gpu_host.sh", "job", "--a b", PROCESSES="2", CUDA_VISIBLE_DEVICES="4,6,7", RESTARTS="0")
     assert done.returncode == 75
-    joined = "--a b --coordinator localhost:12321 --num-processes 2 --process-id"
+    port = re.findall(r"localhost:(2\d{4}) ", cloud.lines("started")[0])[0]
+    joined = f"--a b --coordinator localhost:{port} --num-processes 2 --process-id"
     assert sorted(cloud.lines("started")) == [f"4 {joined} 0", f"6 {joined} 1"]
     few = cloud.run("gpu_host.sh", "job", PROCESSES="2", CUDA_VISIBLE_DEVICES="4")
     assert few.returncode == 2 and "CUDA_VISIBLE_DEVICES=4 has 1" in few.stderr
+
+
+def test_processes_do_not_join_another_job(cloud: Cloud) -> None:
+    cloud.script("bin/job", JOB)
+    with socket.create_server(("localhost", 0)) as other:
+        port = str(other.getsockname()[1])
+        done = cloud.run("gpu_host.sh", "job", PROCESSES="2", PORT=port)
+        assert done.returncode == 2 and f"PORT={port}: another program listens there" in done.stderr
+        assert not cloud.lines("started")
+        assert cloud.run("gpu_host.sh", "job", PROCESSES="2").returncode == 0
+    assert len(cloud.lines("started")) == 2
 
 
 def test_a_signal_reaches_every_process(cloud: Cloud) -> None:

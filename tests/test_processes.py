@@ -149,7 +149,7 @@ def test_a_lost_process_ends_the_others_and_a_restart_changes_nothing(undisturbe
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_as_good_as_lost(tmp_path: Path) -> None:
+def test_a_process_that_is_frozen_is_as_good_as_lost(tmp_path: Path) -> None:
     job = Job(tmp_path, 2, 1, "stage", tmp_path, 2, TEST_PAUSE="0.3")
     job.signal(1, signal.SIGSTOP, lambda: steps(tmp_path) >= 3)
     try:
@@ -157,6 +157,16 @@ def test_a_process_that_hangs_is_as_good_as_lost(tmp_path: Path) -> None:
     finally:
         job.processes[1].kill()
     assert job.last_line(0).startswith("error: process 1 of 2 is lost, nothing is heard of it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_lives_and_waits_for_ever_ends_all(tmp_path: Path, victim: int) -> None:
+    """For its data, here. A preview may take longer than that."""
+    job = Job(tmp_path, 2, 1, "stage", tmp_path, 2, TEST_HANG_AT=f"{victim}:5", TEST_STALL="12", TEST_SLOW="25")
+    assert job.codes(BOUND) == [1, 1], [log.read_text()[-3000:] for log in job.logs]
+    line = f"error: no process has begun an update for 12 s (train.stall_after); still in update 6: process {victim} of 2;"
+    assert all(job.last_line(which).startswith(line) for which in (0, 1))
 
 
 @pytest.mark.slow
@@ -175,6 +185,54 @@ def test_an_error_in_one_process_ends_all_with_its_reason(tmp_path: Path, broken
     assert job.codes() == [2, 2]
     assert job.last_line(broken) == "error: the data of batch 5 cannot be read"
     assert job.last_line(1 - broken) == f"error: process {broken} of 2 has ended: the data of batch 5 cannot be read"
+
+
+def signalled(tmp_path: Path, *kinds: str) -> Job:
+    """A job of processes of those kinds of `tests.worker`, all at it."""
+    job = Job(tmp_path, len(kinds), 1, "signals", tmp_path / "ready", *kinds)
+    for which in range(len(kinds)):
+        job.signal(which, 0, (tmp_path / f"ready{which}").exists)
+    return job
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_ends_all_as_stopped_however_long_one_of_them_takes(tmp_path: Path) -> None:
+    """Process 0 stays for the last one, as the store goes with it."""
+    job = signalled(tmp_path, "outside", "outside", "deaf")
+    for which in range(3):
+        job.signal(which, signal.SIGTERM, lambda: True)
+    assert job.codes(BOUND) == [75, 75, 75], [log.read_text()[-3000:] for log in job.logs]
+    assert {job.last_line(which) for which in (0, 1)} == {"stopped; the same command goes on from there"}
+
+
+@pytest.mark.slow
+def test_a_process_that_hears_of_a_stop_before_its_loop_stops_with_the_others(tmp_path: Path) -> None:
+    """And is not ended in the midst of an update that takes long."""
+    job = signalled(tmp_path, "turns", "late")
+    job.signal(0, signal.SIGTERM, lambda: True)
+    assert job.codes(BOUND) == [75, 75], [log.read_text()[-3000:] for log in job.logs]
+    assert {job.last_line(which) for which in (0, 1)} == {"stopped before turn 1"}
+
+
+@pytest.mark.slow
+def test_who_waits_for_a_process_that_has_left_too_soon_ends_as_stopped(tmp_path: Path) -> None:
+    job = signalled(tmp_path, "long", "quits")
+    job.signal(1, signal.SIGTERM, lambda: True)
+    assert job.codes(BOUND) == [75, 75], [log.read_text()[-3000:] for log in job.logs]
+    assert job.last_line(0) == "stopped; the same command goes on from the last checkpoint"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_interrupt_that_waits_for_no_checkpoint_ends_all(tmp_path: Path, victim: int) -> None:
+    """The second SIGINT to a process in its loop."""
+    job = signalled(tmp_path, "long", "long")
+    job.signal(victim, signal.SIGINT, lambda: True)
+    time.sleep(3)
+    job.signal(victim, signal.SIGINT, lambda: True)
+    assert job.codes(BOUND) == [130, 130], [log.read_text()[-3000:] for log in job.logs]
+    assert job.last_line(victim) == "interrupted"
+    assert job.last_line(1 - victim) == f"error: process {victim} of 2 has ended: interrupted"
 
 
 DEVICES = 4

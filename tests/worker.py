@@ -2,15 +2,21 @@
 
 updates OUT NAME ...        the runs of `tests/training/test_invariance.py` of these names, their numbers into OUT.npz by process 0
 stage KIND WORKDIR FSDP     `loop.train` of a tiny stage of a kind of that module, 20 updates; the state into WORKDIR/final.npz
+signals READY KIND ...      no work at all, but hearing signals as `KINDS` says of each process's kind; READY0, READY1, ... when it begins
 train WORKDIR [--config...] the front door, `ldm_jax.train`, with the configuration `tests/tiny_run.py`
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ldm_jax import cli
+
+LONG = 600.0  # seconds, as for ever
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def updates(out: str, *names: str) -> int:
@@ -30,8 +36,9 @@ def updates(out: str, *names: str) -> int:
 
 
 def stage(workdir: str, fsdp: str) -> int:
-    """With TEST_FAIL_AT=P:STEP process P finds its data broken there; with TEST_PAUSE each batch takes that many seconds to draw;
-    with TEST_ALONE process 0 is alone at work afterwards, and says so by the file WORKDIR/alone."""
+    """With TEST_FAIL_AT=P:STEP process P finds its data broken there, with TEST_HANG_AT=P:STEP it waits for them for ever, and TEST_STALL
+    seconds are the limit; with TEST_PAUSE each batch takes that many seconds to draw, with TEST_SLOW each preview; with TEST_ALONE process
+    0 is alone at work afterwards, and says so by the file WORKDIR/alone."""
     import jax
     import numpy as np
 
@@ -47,12 +54,20 @@ def stage(workdir: str, fsdp: str) -> int:
     config.train.steps = 20
     config.optimizer.update(learning_rate=0.1)
     config.checkpoint.update(every=6)
-    process, _, broken = os.environ.get("TEST_FAIL_AT", "").partition(":")
+    config.train.stall_after = float(os.environ.get("TEST_STALL", "0"))
 
     def draw(step: int) -> None:
         time.sleep(float(os.environ.get("TEST_PAUSE", "0")))
-        if process == str(jax.process_index()) and step == int(broken):
+        here = f"{jax.process_index()}:{step}"
+        if here == os.environ.get("TEST_HANG_AT"):
+            time.sleep(LONG)
+        if here == os.environ.get("TEST_FAIL_AT"):
             raise UserError(f"the data of batch {step} cannot be read")
+
+    class SlowStage(LineStage):
+        def preview(self, state: Any) -> Any:
+            time.sleep(float(os.environ.get("TEST_SLOW", "0")))
+            return super().preview(state)
 
     def work_alone() -> None:
         (Path(workdir) / "alone").touch()
@@ -60,7 +75,7 @@ def stage(workdir: str, fsdp: str) -> int:
 
     try:
         with stopping_at_once():
-            state = loop.train(LineStage(config, Numbers(), draw, width=64), WorkDir(workdir), make_mesh(-1, int(fsdp)))
+            state = loop.train(SlowStage(config, Numbers(), draw, width=64), WorkDir(workdir), make_mesh(-1, int(fsdp)))
             if "TEST_ALONE" in os.environ:
                 from_first(work_alone)
     except loop.Stopped as stop:
@@ -71,6 +86,64 @@ def stage(workdir: str, fsdp: str) -> int:
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(on_host(state))}
     if jax.process_index() == 0:
         np.savez(Path(workdir) / "final.npz", **leaves)
+    return cli.OK
+
+
+def outside() -> None:
+    time.sleep(LONG)
+
+
+def deaf() -> None:
+    """The main thread is in a long call, which no signal ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    time.sleep(LONG)
+
+
+def turns(seconds: float, before: float = 0.0) -> None:
+    """A loop whose turns take so long, begun so late."""
+    from ldm_jax.errors import Stopped
+    from ldm_jax.training.signals import StopSignals
+
+    with StopSignals() as stop:
+        time.sleep(before)
+        for turn in range(1000):
+            if stop.stops_before(turn):
+                raise Stopped(f"stopped before turn {turn}")
+            time.sleep(seconds)
+
+
+def quits() -> None:
+    """A loop that a stop ends before the step that was agreed on."""
+    from ldm_jax.errors import Stopped
+    from ldm_jax.training.signals import StopSignals
+
+    with StopSignals() as stop:
+        assert not stop.stops_before(0)
+        while not stop.requested:
+            time.sleep(0.1)
+        time.sleep(4)
+        raise Stopped("stopped too soon")
+
+
+KINDS = {
+    "outside": outside,
+    "deaf": deaf,
+    "turns": lambda: turns(10),
+    "late": lambda: turns(10, before=4),
+    "long": lambda: turns(LONG),
+    "quits": quits,
+}
+
+
+def signals(ready: str, *kinds: str) -> int:
+    """Each process as its kind says, inside of `stopping_at_once`."""
+    import jax
+
+    from ldm_jax.training.signals import stopping_at_once
+
+    with stopping_at_once():
+        Path(f"{ready}{jax.process_index()}").touch()
+        KINDS[kinds[jax.process_index()]]()
     return cli.OK
 
 
@@ -90,7 +163,7 @@ def main() -> int:
     if job == "train":
         return front_door(address, number, which, *arguments)
     cli.start("float32", *(() if address == "-" else (address, int(number), int(which))))
-    return {"updates": updates, "stage": stage}[job](*arguments)
+    return {"updates": updates, "stage": stage, "signals": signals}[job](*arguments)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 import os
 import re
+import socket
 
 import jax
 
-from ldm_jax.config import UserError
+from ldm_jax.errors import NotJoined, UserError
 from ldm_jax.sharding import watch
 
 TIMEOUT = 300  # seconds that processes wait for one another at the start
@@ -51,6 +52,25 @@ def own_gpus() -> list[int] | None:
     return None
 
 
+def port_of(address: str) -> int:
+    """That of "host:port". Raises UserError."""
+    port = address.rpartition(":")[2]
+    if not (":" in address and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"coordinator={address}: give the address of process 0 as HOST:PORT")
+    return int(port)
+
+
+def check_free(port: int) -> None:
+    """Raises UserError where process 0 cannot listen at a port, or another program does: gRPC would share it, and processes of two runs
+    would meet there, which jax ends with an abort."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both).close()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"process 0 cannot listen at port {port} for the others: {reason}; give a port that is free") from error
+
+
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> bool:
     """Joins the processes of a run into one; to be called before anything touches a device.
 
@@ -63,7 +83,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         Whether the run is distributed.
 
     Raises:
-        UserError: joining failed. A process never goes on alone, as N runs of one process would overwrite each other.
+        UserError: the processes are wrongly described, or the port of process 0 is not free.
+        NotJoined: it failed. A process never goes on alone, as N runs of one process would overwrite each other.
     """
     asked = [value for value in (coordinator, num_processes, process_id) if value is not None]
     auto = coordinator == "auto" and len(asked) == 1
@@ -78,6 +99,10 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     given = (coordinator, num_processes, process_id) if len(asked) == 3 else from_variables()
     if None in given:
         given = (None, None, None)  # jax knows the cluster
+    elif given[0] is not None:
+        port = port_of(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", given[0]))
+        if given[2] == 0:
+            check_free(port)
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would take the place of ours
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     watch.on_abort(lambda: f"error: joining the other processes by {found} failed, as jax says above (waiting ends after {TIMEOUT} s)")
@@ -85,7 +110,9 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         jax.distributed.initialize(
             *given, local_device_ids=own_gpus(), initialization_timeout=TIMEOUT, heartbeat_timeout_seconds=watch.HEARTBEAT
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, OSError) as error:
+        raise NotJoined(f"joining the other processes by {found} failed: {error}") from error
+    except ValueError as error:
         raise UserError(f"joining the other processes by {found} failed: {error}") from error
     watch.on_abort(watch.abort_line)
     if num_processes is not None and jax.process_count() != num_processes:

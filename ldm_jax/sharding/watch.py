@@ -6,8 +6,9 @@ waits for it. Under `PREFIX` there are:
     news/stop        somebody was asked to stop
     news/left/P      {"code", "line", "own"}: process P has ended, or is about to; "own" says whether for a reason of its own
     news/lost/P      process P has gone without a word
+    news/stalled     the line that says that no process gets on, and who is behind
     turn/P           the first step that process P has not begun, written once it has heard of the stop
-    beat/P           a count that goes up while process P lives
+    beat/P           {"count", "place"}: a count that goes up while process P lives, and where it is, as `stall.Stall` is told
 
 jax has a mechanism of its own for lost processes: it aborts the rest with a stack trace, at once where process 0 is gone and after
 `HEARTBEAT` seconds where another one is. It stays as the second line of defence, with a clear last word (`on_abort`).
@@ -21,7 +22,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -29,6 +31,7 @@ from jax._src.distributed import global_state
 
 from ldm_jax.errors import FAILED, OK, STOPPED
 from ldm_jax.sharding.processes import PREFIX, client, wait_for_all
+from ldm_jax.sharding.stall import OUTSIDE, Stall, stall_line
 
 INTERVAL = 1.0  # seconds between two looks
 BEAT = 5  # looks between two beats
@@ -40,14 +43,17 @@ _AGAIN = "the same command goes on from the last checkpoint"
 
 
 class Watch:
-    """This process's part in ending together. `asked` is True once any process was asked to stop."""
+    """This process's part in ending together. `asked` is True once any process was asked to stop; `stall_after` are the seconds without
+    a new turn of the loop in any process after which all end, 0 for no limit."""
 
     def __init__(self) -> None:
         self.me, self.number = global_state.process_id, global_state.num_processes
-        self.asked = False
+        self.asked, self.stall_after = False, 0.0
         self._store = client()
         self._turns = threading.Condition()
         self._turn: int | None = None  # that the loop is in
+        self._loops = 0  # left behind
+        self._paused = False
         self._announced = False
         self._stop_at: int | None = None
         self._ending = False
@@ -55,6 +61,7 @@ class Watch:
         self._leaving = threading.Lock()
         self._ended = threading.Event()
         self._heard: dict[int, tuple[str, float]] = {}  # of each process its last beat, and when it came
+        self._stall = Stall()
         self._beat(0)
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
@@ -64,6 +71,8 @@ class Watch:
         with self._turns:
             while self._announced and self._stop_at is None:  # this turn may lie behind the one that is agreed on
                 self._turns.wait(INTERVAL)
+            if self._turn is None:
+                self._hurry = None  # in the loop a stop is agreed on, even if it was heard before
             self._turn = turn
             return self._stop_at is not None and turn >= self._stop_at
 
@@ -71,6 +80,16 @@ class Watch:
         """The loop is over: from here on a stop needs no agreement. Where this process is `ending` anyway it needs no push either."""
         with self._turns:
             self._turn, self._ending = None, ending
+            self._loops += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what may take as long as it likes."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def leave(self, code: int, line: str = "", unexpected: bool = False) -> None:
         """Ends this process, and the others with it; comes back, when all are here, only for a `code` of 0.
@@ -89,6 +108,8 @@ class Watch:
         self._leave(code, line)
 
     def _leave(self, code: int, line: str, own: bool = True) -> None:
+        with self._turns:
+            self._ending = True  # whatever becomes of the others meanwhile
         self._leaving.acquire()  # never released: one thread ends the process, and the other waits for that
         try:
             self._tell(f"left/{self.me}", json.dumps({"code": code, "line": line, "own": own}))
@@ -116,8 +137,12 @@ class Watch:
                 self._hear_of_stop(news)
             except jax.errors.JaxRuntimeError:
                 continue  # where process 0 is gone jax ends this process, within moments
-            if self._hurry and time.monotonic() > self._hurry:
+            if self._hurried():
                 self._leave(STOPPED, f"stopped; {_AGAIN}")
+
+    def _hurried(self) -> bool:
+        with self._turns:
+            return self._hurry is not None and time.monotonic() > self._hurry
 
     def _news(self) -> dict[str, str]:
         return self._read("news")
@@ -130,10 +155,13 @@ class Watch:
         self._store.key_value_set(f"{PREFIX}/news/{name}", text, allow_overwrite=True)
 
     def _beat(self, count: int) -> None:
-        self._store.key_value_set(f"{PREFIX}/beat/{self.me}", str(count), allow_overwrite=True)
+        with self._turns:
+            place = None if self._paused else (self._loops, OUTSIDE if self._turn is None else self._turn)
+        self._store.key_value_set(f"{PREFIX}/beat/{self.me}", json.dumps({"count": count, "place": place}), allow_overwrite=True)
 
     def _listen(self) -> None:
-        """Notes whose beats have gone on, and tells of those whose have not. Process 0 listens to all, the others to it."""
+        """Notes whose beats have gone on, and tells of those whose have not, or that nobody gets on. Process 0 listens to all, the others
+        to it."""
         beats, now = self._read("beat"), time.monotonic()
         for process in range(self.number) if self.me == 0 else (0,):
             beat = beats.get(str(process), "")
@@ -141,16 +169,20 @@ class Watch:
                 self._heard[process] = (beat, now)
             elif now - self._heard[process][1] > LOST_AFTER and process not in _of(self._news(), "left"):
                 self._tell(f"lost/{process}")
+        if self.me == 0:
+            places = {int(process): json.loads(beat)["place"] for process, beat in beats.items()}
+            if behind := self._stall.behind(places, now, self.stall_after):
+                self._tell("stalled", f"{stall_line(behind, places, self.stall_after)}; {_AGAIN}")
 
     def _failure(self, news: dict[str, str]) -> tuple[int, str] | None:
-        """The exit code and the last line where another process has failed or is lost."""
+        """The exit code and the last line where another process has failed or is lost, or none gets on."""
         for process, text in _of(news, "left").items():
             left = json.loads(text)
             if left["own"] and left["code"] not in (OK, STOPPED) and process != self.me:
                 return left["code"], f"error: process {process} of {self.number} has ended: {left['line'].removeprefix('error: ')}"
         for process in _of(news, "lost"):
             return FAILED, self._lost(process)
-        return None
+        return (FAILED, news["stalled"]) if "stalled" in news else None
 
     def _lost(self, process: int) -> str:
         return f"error: process {process} of {self.number} is lost, nothing is heard of it; {_AGAIN}"
@@ -184,12 +216,12 @@ class Watch:
     def _agree(self, gone: bool) -> None:
         """The step that all stop before is the first that none has begun; nothing is begun between saying it and knowing it.
 
-        Where a process is in no loop, or has left already, there is nothing to agree on: each ends where it is.
+        Where a process is in no loop, or has left before that step, there is nothing to agree on: each ends where it is.
         """
         with self._turns:
             if self._ending:
                 return
-            if self._turn is None or (gone and self._stop_at is None):
+            if self._turn is None or (gone and (self._stop_at is None or self._turn < self._stop_at)):
                 if self._hurry is None:
                     os.kill(os.getpid(), signal.SIGTERM)  # to the main thread, which may be in a call that does not hear it
                     self._hurry = time.monotonic() + _LINGER / 2

@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
 import jax
@@ -128,7 +128,7 @@ def train(stage: Stage, workdir: WorkDir, mesh: Mesh) -> State:
     with Checkpoints(workdir.checkpoints, config.checkpoint.every, config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
         state, start = restore_or_init(stage, mesh, checkpoints)
         if start <= config.train.steps:
-            with MetricWriter(workdir.path, start) as writer, StopSignals() as signals:
+            with MetricWriter(workdir.path, start) as writer, StopSignals(config.train.stall_after) as signals:
                 run = _Run(stage, workdir, mesh, checkpoints, writer, signals, Goodput(workdir.path, start, began))
                 if start < config.train.steps:
                     state = run.steps(state, start)
@@ -228,7 +228,8 @@ class _Run:
         path = self.workdir.samples / f"{step:08d}.png"
         if from_first(path.exists):
             return
-        images, columns, captions = self.stage.preview(state)
+        with self.signals.paused():
+            images, columns, captions = self.stage.preview(state)
         if jax.process_index() == 0:
             save_grid(path, images, columns, captions)
 
@@ -237,7 +238,8 @@ class _Run:
         path = self.workdir.evaluations / f"{step:08d}.json"
         found = from_first(lambda: json.loads(path.read_text()) if path.exists() else None)  # of before a restart, cut from the metrics
         if found is None:
-            scores = self.stage.evaluate(state)
+            with self.signals.paused():
+                scores = self.stage.evaluate(state)
             found = {"step": step, **{name: value if math.isfinite(value) else None for name, value in scores.items()}}
             if jax.process_index() == 0:
                 make_directory(path.parent)
@@ -245,14 +247,16 @@ class _Run:
         known = {name: value for name, value in found.items() if name != "step" and value is not None}
         self.writer.write(step, {f"evaluation/{name}": value for name, value in known.items()})
 
-    def _compiling(self, program: tuple[Any, ...], state: State, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+    @contextmanager
+    def _compiling(self, program: tuple[Any, ...], state: State, batch: Mapping[str, Any]) -> Iterator[None]:
         """Around the start of an update: the first one of each program, that is phase and shapes, waits for its compilation. Its operations
         are counted from its own trace."""
         if program in self.flops:
-            return nullcontext()
-        with self.meter.paused():
+            yield
+            return
+        with self.meter.paused(), self.signals.paused():
             self.flops[program] = step_flops(self.stage, batch, state, program[0])
-        return self.meter.paused()
+            yield
 
     def _record(self, step: int, state: State, metrics: Metrics, bar: Any) -> None:
         self._check_finite(state)

@@ -4,26 +4,29 @@ outside of it at once. Of several processes all stop, whichever the signal comes
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any
 
 from ldm_jax.errors import Stopped
 from ldm_jax.sharding import watch
+from ldm_jax.training.preemption import noticed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
     """Context manager; `requested` is True once SIGTERM or SIGINT has come, to any process. A second SIGINT interrupts at once, as it would
-    without it.
+    without it. Of several processes all end, with 1, once none has asked `stops_before` for more than `stall_after` seconds (0: never).
 
     Only the main thread may set handlers; in another the manager does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stall_after: float = 0.0) -> None:
         self._noted = False
         self._watch = watch.current()
+        if self._watch is not None:
+            self._watch.stall_after = stall_after
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -33,6 +36,10 @@ class StopSignals:
     def stops_before(self, step: int) -> bool:
         """Whether the run ends before update number `step` + 1: the same in all processes, which ask this before each."""
         return self._noted if self._watch is None else self._watch.stops_before(step)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Around what may take as long as it likes: no stall, whoever waits for it."""
+        return nullcontext() if self._watch is None else self._watch.paused()
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -55,7 +62,11 @@ class StopSignals:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Around a whole job that loses nothing by it, as what it leaves is complete at any moment: SIGTERM and SIGINT raise `Stopped`."""
+    """Around a whole job that loses nothing by it, as what it leaves is complete at any moment: SIGTERM, which a notice of preemption sends
+    too (`preemption.noticed`), and SIGINT raise `Stopped`.
+
+    After a stop the process is about to end, with an exit code for it: SIGTERM is ignored from then on.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         for other in SIGNALS:
@@ -64,7 +75,11 @@ def stopping_at_once() -> Iterator[None]:
 
     previous = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
-        yield
+        with noticed():
+            yield
+    except Stopped:
+        previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

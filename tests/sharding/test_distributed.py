@@ -1,13 +1,17 @@
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
-from ldm_jax.config import UserError
+from ldm_jax import cli
+from ldm_jax.errors import NotJoined, UserError
 from ldm_jax.sharding import watch
-from ldm_jax.sharding.distributed import cluster_environment, initialize, own_gpus
+from ldm_jax.sharding.distributed import check_free, cluster_environment, initialize, own_gpus
+
+ROOT = Path(__file__).parents[2]
 
 MARKERS = ("JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
 MARKERS += ("TPU_PROCESS_ADDRESSES", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX", "SLURM_GPUS_ON_NODE")
@@ -82,17 +86,83 @@ def test_incomplete_arguments():
         initialize("host:1234", 2)
 
 
-def test_failure_is_raised_with_its_reason(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("connection refused"), NotJoined),
+        (ConnectionError("connection refused"), NotJoined),
+        (type("JSONDecodeError", (OSError, ValueError), {})("connection refused"), NotJoined),
+        (ValueError("connection refused"), UserError),
+    ],
+)
+def test_failure_is_raised_with_its_reason(monkeypatch, error, raised):
+    """What may pass is no bad input, which is never started again."""
+
     def fail(*args, **kwargs):
-        raise RuntimeError("connection refused")
+        raise error
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     monkeypatch.setattr(watch, "on_abort", lambda line: None)
-    with pytest.raises(UserError, match="arguments given failed: connection refused"):
+    with pytest.raises(raised, match="arguments given failed: connection refused"):
         initialize("localhost:1", 2, 1)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"environment \(Open MPI\) failed: connection refused"):
+    with pytest.raises(raised, match=r"environment \(Open MPI\) failed: connection refused"):
         initialize()
+
+
+def test_processes_that_do_not_meet_are_a_fault(capsys):
+    def main():
+        raise NotJoined("nobody there")
+
+    with pytest.raises(SystemExit, match="1"):
+        cli.guarded(main)
+    assert capsys.readouterr().err == "error: nobody there\n"
+
+
+@pytest.mark.parametrize("address", ["host", "host:", "host:port", "host:0", "host:65536", "12321"])
+def test_an_address_without_a_port(address):
+    with pytest.raises(UserError, match="HOST:PORT"):
+        initialize(address, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(socket.SO_REUSEADDR,), (socket.SO_REUSEADDR, socket.SO_REUSEPORT)],  # the latter as gRPC listens
+)
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::")])
+def test_a_port_at_which_another_program_listens(options, family, host):
+    with socket.socket(family) as other:
+        for option in options:
+            other.setsockopt(socket.SOL_SOCKET, option, 1)
+        other.bind((host, 0))
+        port = other.getsockname()[1]
+        other.listen()
+        with pytest.raises(UserError, match=f"cannot listen at port {port} for the others: Address already in use"):
+            initialize(f"localhost:{port}", 2, 0)
+    check_free(port)
+
+
+def test_a_port_is_free_again_as_soon_as_its_job_has_ended():
+    """Where the connections of before still wait to be forgotten."""
+    server = socket.create_server(("localhost", 0))
+    port = server.getsockname()[1]
+    with socket.create_connection(("localhost", port)), server.accept()[0] as accepted:
+        accepted.close()  # the first to close is the one that waits
+        server.close()
+        check_free(port)
+    check_free(port)
+
+
+def test_a_job_leaves_another_at_its_port_alone():
+    """Process 0 of the other one ends with one line."""
+    with socket.create_server(("", 0), family=socket.AF_INET6) as other:
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "tests.worker", f"localhost:{port}", "2", "0", "signals", "-", "outside", "outside"]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"error: process 0 cannot listen at port {port} for the others: Address already in use; give a port that is free\n"
+    )
 
 
 WORKER = """

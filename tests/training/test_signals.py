@@ -1,10 +1,19 @@
 import os
 import signal
 import threading
+from contextlib import nullcontext
 
 import pytest
 
-from ldm_jax.training.signals import Stopped, StopSignals, stopping_at_once
+from ldm_jax.training.signals import SIGNALS, Stopped, StopSignals, stopping_at_once
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -28,13 +37,21 @@ def test_the_second_interrupt_interrupts():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_outside_of_the_loop_a_signal_stops_at_once(number):
     """Around the loop, which notes it and goes on to the end of its update."""
-    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Stopped, match="goes on from there"), stopping_at_once():
         with StopSignals() as stop:
             os.kill(os.getpid(), number)
             assert stop.stops_before(3)
         os.kill(os.getpid(), number)
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("error", [None, Stopped, ValueError])
+def test_handlers_are_put_back_but_a_stopped_process_ends_in_peace(error):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(error) if error else nullcontext(), stopping_at_once():
+        if error:
+            raise error
+    after = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    assert after == ([signal.SIG_IGN, before[1]] if error is Stopped else before)
 
 
 def test_inert_outside_the_main_thread():
