@@ -40,20 +40,21 @@ run() { # a command; with DRY_RUN its text, and on standard output $pretended
 }
 
 # Processes in the background: `supervise` once, `spawn COMMAND...` for each, `await` for all of them. SIGTERM, SIGINT and SIGUSR1 to the script
-# reach them as SIGTERM, and $signalled is the last that came. `await` returns what became of them together: 2 where one ended with 2, else 75
-# where one did, else the first code that is not 0.
+# reach them as SIGTERM (`forward`, which a script may replace), and $signalled is the last that came. `await` returns what became of them
+# together: 2 where one ended with 2, else 75 where one did, else the first code that is not 0.
 children=()
 signalled=
 interrupted=
-forward() {
+forward() { if [ ${#children[@]} -gt 0 ]; then kill -TERM "${children[@]}" 2>/dev/null || true; fi; }
+heard() {
     signalled=$1
     interrupted=1
-    if [ ${#children[@]} -gt 0 ]; then kill -TERM "${children[@]}" 2>/dev/null || true; fi
+    forward
 }
 supervise() {
-    trap 'forward TERM' TERM
-    trap 'forward INT' INT
-    trap 'forward USR1' USR1
+    trap 'heard TERM' TERM
+    trap 'heard INT' INT
+    trap 'heard USR1' USR1
 }
 spawn() {
     if [ -n "${DRY_RUN:-}" ]; then set -- shown "$@"; fi
@@ -62,7 +63,7 @@ spawn() {
 background() {
     "$@" &
     children+=($!)
-    if [ -n "$signalled" ]; then kill -TERM $! 2>/dev/null || true; fi # it came before the child was known
+    if [ -n "$signalled" ]; then forward; fi # it came before the child was known
 }
 await() {
     local pid code ended=0
@@ -82,6 +83,11 @@ await() {
     children=()
     return "$ended"
 }
+
+# What starts a command in all tasks of a Slurm job. Processes that fail or stop end the others themselves, with their exit code and in good
+# order, where srun would kill them. It does not take the number of cores from sbatch by itself.
+# shellcheck disable=SC2034 # for scripts of Slurm
+slurm_step=(srun --kill-on-bad-exit=0 --wait=60 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
 
 workdir_of() { # the --workdir among the arguments
     while [ $# -gt 0 ]; do

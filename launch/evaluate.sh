@@ -42,7 +42,7 @@ if [ -n "${TPU:-}" ]; then
 elif [ -n "${SLURM_JOB_ID:-}" ]; then
     coordinator=()
     on_one() { run bash -c "$@"; }
-    on_all() { become srun --kill-on-bad-exit=1 bash -c "$@"; }
+    on_all() { become "${slurm_step[@]}" bash -c "$@"; }
 else
     coordinator=()
     on_one() { run bash -c "$@"; }

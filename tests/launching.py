@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # Whatever a launcher calls beyond the stand-ins of its test must not reach a real cloud.
-TOOLS = ("gcloud", "kubectl", "srun", "sbatch", "scontrol", "xpk", "docker", "apptainer", "nvidia-smi")
+TOOLS = ("gcloud", "kubectl", "srun", "sbatch", "scontrol", "scancel", "xpk", "docker", "apptainer", "nvidia-smi")
 _UNKNOWN = '#!/bin/bash\necho "$(basename "$0") is not to be called: $*" >&2\nexit 99\n'
 NOTED = 'printf "%s\\n" "$(basename "$0") ${*@Q}" >> "$CLOUD/calls"\n'
 

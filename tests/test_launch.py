@@ -18,7 +18,7 @@ from tests import tiny
 ROOT = Path(__file__).parent.parent
 FLAGS = ("--num", "9", "--steps", "1", "--reference-num", "12")
 # Each does what it is asked to on this machine, and notes how it was called.
-SRUN = '#!/bin/bash\necho "srun $1" >> "$CALLS"\nshift\nexec "$@"\n'
+SRUN = '#!/bin/bash\necho "srun $1 $2" >> "$CALLS"\nshift 2\nexec "$@"\n'
 GCLOUD = """#!/bin/bash
 for argument in "$@"; do
     case $argument in
@@ -52,7 +52,7 @@ def evaluate(run: Path, tmp_path: Path, **env: str) -> subprocess.CompletedProce
     for name, text in (("srun", SRUN), ("gcloud", GCLOUD)):
         (tools / name).write_text(text)
         (tools / name).chmod(stat.S_IRWXU)
-    given = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    given = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.startswith("SLURM_")}
     given |= {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable, "CALLS": str(tmp_path / "calls"), "ONCE": "1"}
     given |= {"JAX_PLATFORMS": "cpu", "HOME_OF_WORKERS": str(ROOT), **env}
     command = [str(ROOT / "launch" / "evaluate.sh"), str(run), *FLAGS]
@@ -77,7 +77,7 @@ def test_each_checkpoint_is_evaluated_once(finished: Path, tmp_path: Path) -> No
     (run / "reports" / "8" / "report.json").unlink()
     again = evaluate(run, tmp_path, ONCE="", SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(ROOT))
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("evaluating") == 1 and calls(tmp_path) == ["srun --kill-on-bad-exit=1"]
+    assert again.stdout.count("evaluating") == 1 and calls(tmp_path) == ["srun --kill-on-bad-exit=0 --wait=60"]
     after = {path: path.stat().st_mtime_ns for path in run.glob("reports/*/report.json")}
     assert {path for path in after if after[path] != before[path]} == {run / "reports" / "8" / "report.json"}
 
