@@ -89,34 +89,55 @@ await() {
 # shellcheck disable=SC2034 # for scripts of Slurm
 slurm_step=(srun --kill-on-bad-exit=0 --wait=60 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
 
-workdir_of() { # the --workdir among the arguments
+given() { # the value of a flag among arguments
+    local flag=$1
+    shift
     while [ $# -gt 0 ]; do
         case $1 in
-            --workdir=*) echo "${1#*=}" && return ;;
-            --workdir) echo "${2:-}" && return ;;
+            "$flag"=*) echo "${1#*=}" && return ;;
+            "$flag") echo "${2:-}" && return ;;
         esac
         shift
     done
 }
 
-progress() { # the checkpoints and shards that there are in a work directory; nothing where that cannot be seen
-    case $1 in
-        '' | *://*) { [ -z "$1" ] || run gcloud storage ls "$1/checkpoints" "$1/first_stage/checkpoints"; } 2>/dev/null ;;
-        *) find "$1/checkpoints" "$1/first_stage/checkpoints" "$1/latents" -maxdepth 2 2>/dev/null ;;
-    esac | grep -E '/([0-9]+/?|shard-[^/]*)$' | sort || true
+places() { # where a command leaves checkpoints and the shards of caches, one a line
+    local workdir latents
+    workdir=$(given --workdir "$@")
+    latents=$(given --config.data.latents "$@")
+    if [ -n "$workdir" ]; then printf '%s\n' "$workdir/checkpoints" "$workdir/first_stage/checkpoints"; fi
+    if [ -n "$workdir$latents" ]; then echo "${latents:-$workdir/latents}/*/shard-*"; fi
+}
+
+seen() { # of the places on standard input, the checkpoints and shards that there are; nothing where that cannot be seen
+    local place
+    while IFS= read -r place; do
+        case $place in
+            *://*) run gcloud storage ls "$place" 2>/dev/null ;; # one a call, which ends at the first without objects
+            *) find "${place%'/*/shard-*'}" -maxdepth 2 2>/dev/null ;;
+        esac | grep -E '/([0-9]+/?|shard-[^/]*)$' || true
+    done
+}
+
+progress() { places "$@" | seen; } # of a command
+
+before= # what `progress` has said so far
+advanced() { # whether it says something new now
+    local new
+    new=$(grep -vxF -f <(echo "$before") <<<"$1") || true
+    before+=${new:+$'\n'$new}
+    [ -n "$new" ]
 }
 
 # Whether a job that ended with a code is to be started again, after the wait that is due; its second argument is what `progress` says.
 fruitless=0
-before=
 again() {
     local limit=${RETRIES:-3}
     case $1 in
         0 | 2) return 1 ;;
         75) limit=${RESTARTS:-10} ;;
     esac
-    if [ "$2" != "$before" ]; then fruitless=0; fi
-    before=$2
+    if advanced "$2"; then fruitless=0; fi
     if [ "$fruitless" -ge "$limit" ]; then
         note "exit code $1 after $fruitless restarts without a new checkpoint: given up"
         return 1

@@ -13,7 +13,6 @@ set -euo pipefail
 [ $# -gt 0 ] || usage
 processes=${PROCESSES:-1}
 PATH=$(dirname "$(dirname "$script")")/.venv/bin:$PATH
-workdir=$(workdir_of "$@")
 
 IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((processes - 1)))}"
 if [ "${#devices[@]}" -lt "$processes" ]; then fail "PROCESSES=$processes, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has ${#devices[@]}"; fi
@@ -32,10 +31,10 @@ attempt() {
 }
 
 supervise
-before=$(progress "$workdir")
+before=$(progress "$@")
 while :; do
     code=0
     attempt "$@" || code=$?
     if [ -n "$signalled" ]; then exit "$code"; fi
-    again "$code" "$(progress "$workdir")" || exit "$code"
+    again "$code" "$(progress "$@")" || exit "$code"
 done

@@ -227,7 +227,12 @@ watch() { # shows the log of job $id until its end, and returns its exit code: 7
     return "$code"
 }
 
-reached() { case $1 in '' | *://*) progress "$1" ;; *) on 0 progress "$1" ;; esac; }
+reached() { # as `progress`, of what only the workers see too
+    local here
+    { places "$@" | grep :// || true; } | seen
+    mapfile -t here < <(places "$@" | grep -v ://)
+    if [ ${#here[@]} -gt 0 ]; then on 0 progress "${here[@]}" || true; fi
+}
 
 case $verb in
     up) up && install ;;
@@ -236,7 +241,7 @@ case $verb in
     stop) ssh_to all "$(shown env "GRACE=${GRACE:-180}" "$repository/launch/worker.sh" stop)" ;;
     delete) delete ;;
     run)
-        workdir=$(workdir_of "$@")
+        workdir=$(given --workdir "$@")
         case $workdir in
             *://*) ;;
             *) note "--workdir ${workdir:-} is no gs:// path: unless it is mounted on all workers, it is lost with the slice" ;;
@@ -250,14 +255,14 @@ case $verb in
                 [ -n "$started" ] || exit "$code"
                 code=75 # no capacity for now
             elif attach "$@" --coordinator auto; then
-                if [ -z "$started" ]; then before=$(reached "$workdir"); fi
+                if advanced "$(reached "$@")"; then fruitless=0; fi # where a slice is lost, its successor sees what it had reached
                 started=1
                 watch || code=$?
             else
                 [ "$(slice_state)" != READY ] || exit 1
                 code=75
             fi
-            again "$code" "$(reached "$workdir")" || break
+            again "$code" "$(reached "$@")" || break
         done
         if [ "$code" -eq 0 ] && [ -n "${DELETE:-}" ]; then delete; else note "slice $TPU is kept, and costs money until \`$0 delete\`"; fi
         exit "$code"

@@ -10,7 +10,7 @@
 #   launch/worker.sh follow LINES        the last lines of the last job's log, and those to come
 #   launch/worker.sh fault               the end of the last job's log where it failed
 #   launch/worker.sh stop                SIGTERM to the job: it writes a checkpoint and ends with 75
-#   launch/worker.sh progress WORKDIR    the checkpoints that there are in a work directory on this machine
+#   launch/worker.sh progress PLACE...   the checkpoints and shards that this machine sees at the places of launch/common.sh
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -88,6 +88,9 @@ case ${1:-} in
             end "$last" "${GRACE:-180}"
         fi
         ;;
-    progress) progress "$2" ;;
+    progress)
+        shift
+        printf '%s\n' "$@" | seen
+        ;;
     *) usage ;;
 esac
