@@ -3,7 +3,8 @@
 # them at once, shows worker 0's log, and after a preemption makes the slice and starts the job anew.
 #
 #   export TPU=name ZONE=us-west4-a TYPE=v5litepod-256
-#   launch/tpu_vm.sh run python -m ldm_jax.train --config configs/txt2img.py:laion-1p4b --workdir gs://bucket/run
+#   launch/tpu_vm.sh run python -m ldm_jax.train --config configs/txt2img.py:laion-1p4b --workdir gs://bucket/run \
+#     --config.first_stage.path=gs://bucket/kl-f8 --config.data.path=/mnt/laion --config.train.batch_size=2048 --config.mesh.fsdp=8
 #   launch/tpu_vm.sh status | logs | stop | delete      # stop: SIGTERM, which leaves a checkpoint; the same `run` goes on from it
 #   launch/tpu_vm.sh up                                 # the slice and the installation alone
 #

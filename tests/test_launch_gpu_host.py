@@ -98,6 +98,12 @@ def test_several_processes_join_and_end_together(cloud: Cloud) -> None:
     assert few.returncode == 2 and "CUDA_VISIBLE_DEVICES=4 has 1" in few.stderr
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "all"])
+def test_a_number_of_processes_is_one_or_more(cloud: Cloud, number: str) -> None:
+    done = cloud.run("gpu_host.sh", "false", PROCESSES=number)
+    assert done.returncode == 2 and f"PROCESSES={number}" in done.stderr
+
+
 def test_a_signal_reaches_every_process(cloud: Cloud) -> None:
     cloud.script("bin/job", STOPS)
     job = cloud.start("gpu_host.sh", "job", PROCESSES="3")
