@@ -10,7 +10,7 @@
 #
 # PROJECT          of the slice, where it is not gcloud's own
 # SPOT=1           spot capacity; RESERVED=1: of a reservation
-# QUEUED=1         waits for capacity, in a queued resource of the same name; to be given with `delete` and `status` too
+# QUEUED=1         waits for capacity, in a queued resource of the same name
 # RUNTIME          version of the machines' image (by TYPE); CREATE_FLAGS: more flags of `gcloud compute tpus ... create`
 # GIT=URL REF=ref  clones that, instead of copying this checkout with its uncommitted files
 # REPOSITORY       where it goes, in the home directory of the workers (ldm_jax)
@@ -34,9 +34,18 @@ root=$(dirname "$(dirname "$script")")
 repository=${REPOSITORY:-ldm_jax}
 where=("$TPU" "--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+kept= # set once there is a slice, or a request for one, until it is deleted
+looks=30 # that may fail in a row, as the network does
+trap 'leave' EXIT
 starts=0
 imagined=NONE # the state of the slice, for DRY_RUN
+
+leave() {
+    rm -rf "$scratch"
+    if [ -n "$kept" ]; then
+        note "slice $TPU is kept, and costs money until \`$(shown env "TPU=$TPU" "ZONE=$ZONE" ${PROJECT:+"PROJECT=$PROJECT"} "$0" delete)\`"
+    fi
+}
 
 pause() { if [ -z "${DRY_RUN:-}" ]; then sleep "$1"; fi; }
 
@@ -51,14 +60,19 @@ looked_up() { # a field of the slice or the queued resource: NONE where there is
     fi
 }
 
+queue_state() { # of the queued resource
+    local pretended=NONE
+    if [ -n "${QUEUED:-}" ]; then pretended=${imagined/READY/ACTIVE}; fi
+    looked_up queued-resources state.state
+}
+
 slice_state() { # of the slice, or of the queued resource that it waits in
-    local queue=ACTIVE pretended
-    if [ -n "${QUEUED:-}" ]; then
-        pretended=${imagined/READY/ACTIVE}
-        queue=$(looked_up queued-resources state.state) || return 1
-    fi
-    pretended=$imagined
-    if [ "$queue" = ACTIVE ]; then looked_up tpu-vm state; else echo "$queue"; fi
+    local queue=ACTIVE pretended=$imagined
+    if [ -n "${QUEUED:-}" ] || [ "$verb" = status ]; then queue=$(queue_state) || return 1; fi
+    case $queue,${QUEUED:-} in
+        ACTIVE,* | NONE,) looked_up tpu-vm state ;;
+        *) echo "$queue" ;;
+    esac
 }
 
 create() {
@@ -78,22 +92,37 @@ create() {
         run gcloud compute tpus queued-resources create "${where[@]}" "--node-id=$TPU" "--runtime-version=$image" "${flags[@]}"
     else
         run gcloud compute tpus tpu-vm create "${where[@]}" "--version=$image" "${flags[@]}"
-    fi || return
+    fi || { # which need not mean that nothing was created
+        if [ "$(slice_state)" != NONE ]; then kept=1; fi
+        return 1
+    }
     imagined=READY
+    kept=1
 }
 
-delete() {
-    if [ -n "${QUEUED:-}" ]; then
+delete() { # of a slice that came by a queued resource, that too
+    local queue
+    queue=$(queue_state) || return
+    if [ "$queue" != NONE ]; then
         run gcloud compute tpus queued-resources delete "${where[@]}" --force --quiet
     else
         run gcloud compute tpus tpu-vm delete "${where[@]}" --quiet
-    fi
+    fi || return
+    imagined=NONE
+    kept=
 }
 
-up() { # the slice is there and ready, a new one where the old one was taken away; gcloud's exit code where that fails
-    local state seen='' created=''
+up() { # the slice is there and ready, a new one where the old one was taken away; not 0 where that fails
+    local state seen='' created='' missed=0
     while :; do
-        state=$(slice_state) || return 1
+        if ! state=$(slice_state); then
+            missed=$((missed + 1))
+            if [ -z "$kept" ] || [ "$missed" -ge "$looks" ]; then return 1; fi
+            pause "${POLL:-20}"
+            continue
+        fi
+        missed=0
+        if [ "$state" != NONE ]; then kept=1; fi
         if [ "$state" != "$seen" ]; then note "slice $TPU: $state"; fi
         seen=$state
         case $state in
@@ -175,56 +204,68 @@ attach() { # sets $id to that of the job, which runs already or is started now
     insist ssh_to all "$(shown env "GRACE=${GRACE:-180}" "${given[@]}" "$repository/launch/worker.sh" start "$id" "$@")"
 }
 
-watch() { # shows the log of job $id until its end, and returns its exit code: 75 where the slice was taken away
-    local offset=0 missed=0 failed='' lines state verdict code
+# What is shown of a signal would follow the redirections of a function that it comes in; not those of a subshell.
+show_log() { # what is new of job $id
+    (on "${WORKER:-0}" log "$id" "$offset") >"$scratch/log" 2>/dev/null || return 0
+    cat "$scratch/log"
+    offset=$((offset + $(wc -c <"$scratch/log")))
+}
+
+judge() { # of what the workers answer: silent, running or over, the exit code of the job so far, and whether somebody stopped it
+    awk -v id="$id" '
+        NF == 1 && $1 == "none" { $0 = "137 " id }
+        NF != 2 { next }
+        { answers++ }
+        $2 != id { $1 = 137 }
+        sub(/^stopped:/, "", $1) { stopped = "stopped" }
+        $1 == "running" { running++ }
+        $1 ~ /^[0-9]+$/ && $1 { if ($1 == 2 || ($1 == 75 && code != 2) || !code) code = $1 }
+        END { print (!answers ? "silent" : running ? "running" : "over"), code + 0, stopped }'
+}
+
+watch() { # shows the log of job $id until its end, and returns its exit code: 75 where the slice was taken away, or lost a worker
+    local offset=0 missed=0 ended='' all answers state now code stopped
     while :; do
-        if lines=$(pretended="0 $id" on all status 2>"$scratch/error"); then
-            missed=0
-            if on "${WORKER:-0}" log "$id" "$offset" >"$scratch/log" 2>/dev/null; then
-                cat "$scratch/log"
-                offset=$((offset + $(wc -c <"$scratch/log")))
-            fi
-            verdict=$(awk -v id="$id" '
-                $1 == "none" || (NF == 2 && $2 != id) { $1 = 137 }
-                $1 == "running" { running = 1 }
-                $1 == "stopped" { stopped = 1 }
-                $1 ~ /^[0-9]+$/ && $1 { if ($1 == 2 || ($1 == 75 && code != 2) || !code) code = $1 }
-                END { print (running ? "running" : "over"), (stopped ? "stopped" : code + 0) }' <<<"$lines")
-            code=${verdict#* }
-            if [ "$verdict" = "over 0" ]; then return; fi
-            if [ "$code" != 0 ]; then # somewhere; the others have some time to end
-                : "${failed:=$SECONDS}"
-                if [ "${verdict% *}" = over ] || [ $((SECONDS - failed)) -gt "${GRACE:-180}" ]; then break; fi
-            fi
-        else
-            state=$(slice_state) || state=UNSEEN
-            missed=$((missed + 1))
-            case $state in
-                READY | UNSEEN) # the network, for all that is known
-                    if [ "$missed" -ge 30 ]; then
-                        cat "$scratch/error" >&2
-                        fail "$TPU cannot be reached; its job, if it still runs, is left alone" 1
-                    fi
-                    ;;
-                *)
-                    note "slice $TPU: $state"
-                    return 75
-                    ;;
-            esac
+        all=1
+        answers=$(pretended="0 $id" on all status 2>"$scratch/error") || all=
+        show_log
+        read -r now code stopped < <(judge <<<"$answers")
+        state=READY
+        if [ -z "$all" ]; then state=$(slice_state) || state=UNSEEN; fi
+        case $state in
+            READY | UNSEEN) ;; # the network, or a worker is lost
+            *) break ;;
+        esac
+        if [ -n "$all" ] && [ "$now" = over ]; then break; fi
+        if [ "$now" = over ] || [ "$code" -ne 0 ]; then # somewhere; the others have some time to end, or to answer
+            : "${ended:=$SECONDS}"
+            if [ $((SECONDS - ended)) -gt "${GRACE:-180}" ]; then break; fi
+        fi
+        if [ "$now" = silent ]; then missed=$((missed + 1)); else missed=0; fi
+        if [ "$missed" -ge "$looks" ]; then
+            cat "$scratch/error" >&2
+            fail "$TPU cannot be reached; its job, if it still runs, is left alone" 1
         fi
         pause "${POLL:-20}"
     done
-    if [ "$code" = stopped ]; then
-        note "the job was stopped"
-        exit 75
+    if [ -n "$stopped" ] && [ "$code" -ne 0 ]; then
+        if [ "$code" -eq 75 ]; then note "the job was stopped"; else note "the job was stopped, and ended with exit code $code"; fi
+        exit "$code"
     fi
-    state=$(slice_state) || state=UNSEEN
+    if [ "$now $code" = "over 0" ]; then return; fi
+    if [ "$state" = READY ]; then state=$(slice_state) || state=UNSEEN; fi
     if [ "$state" != READY ]; then # what the job said last has its reason in that
         note "slice $TPU: $state"
         return 75
     fi
-    if [ "${verdict% *}" = running ]; then on all stop || true; fi
+    if [ "$now" = running ]; then on all stop || true; fi
     if [ "$code" -ne 75 ]; then on all fault >&2 || true; fi
+    if [ -z "$all" ] && [ "$code" -ne 2 ]; then
+        cat "$scratch/error" >&2
+        note "slice $TPU: $state, but not all of its workers answer: a new one is made"
+        delete || true
+        return 75
+    fi
     return "$code"
 }
 
@@ -239,7 +280,7 @@ case $verb in
     up) up && install ;;
     status) slice_state && on all status ;;
     logs) on "${WORKER:-0}" follow 100 ;;
-    stop) ssh_to all "$(shown env "GRACE=${GRACE:-180}" "$repository/launch/worker.sh" stop)" ;;
+    stop) ssh_to all "$(shown env "GRACE=${GRACE:-180}" "$repository/launch/worker.sh" stop)" ;; # its exit code is that of the job, where it is not 75
     delete) delete ;;
     run)
         workdir=$(given --workdir "$@")
@@ -265,7 +306,7 @@ case $verb in
             fi
             again "$code" "$(reached "$@")" || break
         done
-        if [ "$code" -eq 0 ] && [ -n "${DELETE:-}" ]; then delete; else note "slice $TPU is kept, and costs money until \`$0 delete\`"; fi
+        if [ "$code" -eq 0 ] && [ -n "${DELETE:-}" ]; then delete; fi
         exit "$code"
         ;;
 esac
