@@ -89,13 +89,13 @@ await() {
 # shellcheck disable=SC2034 # for scripts of Slurm
 slurm_step=(srun --kill-on-bad-exit=0 --wait=60 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
 
-given() { # the value of a flag among arguments
-    local flag=$1
+flag() { # the value of a flag among arguments
+    local name=$1
     shift
     while [ $# -gt 0 ]; do
         case $1 in
-            "$flag"=*) echo "${1#*=}" && return ;;
-            "$flag") echo "${2:-}" && return ;;
+            "$name"=*) echo "${1#*=}" && return ;;
+            "$name") echo "${2:-}" && return ;;
         esac
         shift
     done
@@ -103,8 +103,8 @@ given() { # the value of a flag among arguments
 
 places() { # where a command leaves checkpoints and the shards of caches, one a line
     local workdir latents
-    workdir=$(given --workdir "$@")
-    latents=$(given --config.data.latents "$@")
+    workdir=$(flag --workdir "$@")
+    latents=$(flag --config.data.latents "$@")
     if [ -n "$workdir" ]; then printf '%s\n' "$workdir/checkpoints" "$workdir/first_stage/checkpoints"; fi
     if [ -n "$workdir$latents" ]; then echo "${latents:-$workdir/latents}/*/shard-*"; fi
 }

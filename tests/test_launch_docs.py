@@ -12,7 +12,10 @@ from ldm_jax.sharding.mesh import AXES
 from ldm_jax.training.run import check_batches
 from tests.launching import ROOT
 
-SOURCES = ("docs/scale.md", *(f"launch/{name}" for name in ("tpu_vm.sh", "gke.sh", "slurm.sbatch", "gpu_host.sh", "encode.sh", "Dockerfile")))
+SOURCES = (
+    "docs/scale.md",
+    *(f"launch/{name}" for name in ("tpu_vm.sh", "gke.sh", "slurm.sbatch", "gpu_host.sh", "encode.sh", "Dockerfile")),
+)
 
 
 def commands(name: str) -> list[str]:

@@ -97,6 +97,7 @@ act() { eval "$1"; }
 trap 'exit 75' TERM
 while [ ! -e "$CLOUD/go" ]; do sleep 0.02; done
 """
+WATCHED = 'until grep -q "worker.sh log" "$CLOUD/calls"; do sleep 0.02; done; '
 RUN = ("run", "job", "--workdir", "gs://bucket/run")
 
 
@@ -203,7 +204,7 @@ def test_what_cannot_be_seen_of_a_work_directory_ends_nothing(cloud: Cloud) -> N
 
 def test_a_slice_that_has_lost_a_worker_is_replaced(cloud: Cloud) -> None:
     """It stays READY; the others see that one is lost, and end."""
-    lost = 'if [ $me = 1 ]; then echo 1 > "$CLOUD/dead"; sleep 100; fi; sleep 0.5; echo "error: process 1 is lost"; exit 1'
+    lost = WATCHED + 'if [ $me = 1 ]; then echo 1 > "$CLOUD/dead"; sleep 100; fi; sleep 0.5; echo "error: process 1 is lost"; exit 1'
     done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, lost, "exit 0"), DELETE="1", GRACE="1")
     assert done.returncode == 0, done.stderr
     assert verbs(cloud) == ["create", "scp", "delete", "create", "scp", "delete"]
@@ -212,7 +213,7 @@ def test_a_slice_that_has_lost_a_worker_is_replaced(cloud: Cloud) -> None:
 
 
 def test_a_job_whose_workers_do_not_all_answer_is_left_alone_while_it_runs(cloud: Cloud) -> None:
-    env = does(cloud, 'echo 1 > "$CLOUD/dead"; while [ ! -e "$CLOUD/end" ]; do sleep 0.02; done; rm -f "$CLOUD/dead"; exit 0')
+    env = does(cloud, WATCHED + 'echo 1 > "$CLOUD/dead"; while [ ! -e "$CLOUD/end" ]; do sleep 0.02; done; rm -f "$CLOUD/dead"; exit 0')
     watcher = cloud.start("tpu_vm.sh", *RUN, **env, GRACE="1", POLL="0")
     until(lambda: len(looks_at_all(cloud)) > 35)
     assert watcher.poll() is None
@@ -222,7 +223,7 @@ def test_a_job_whose_workers_do_not_all_answer_is_left_alone_while_it_runs(cloud
 
 
 def test_a_slice_of_which_nobody_answers_is_left_with_a_hint(cloud: Cloud) -> None:
-    done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, 'echo 012 > "$CLOUD/dead"; sleep 100'), POLL="0")
+    done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, WATCHED + 'echo 012 > "$CLOUD/dead"; sleep 100'), POLL="0")
     assert done.returncode == 1 and "cannot be reached" in done.stderr and verbs(cloud) == ["create", "scp"]
     assert "costs money" in done.stderr.splitlines()[-1]
 
