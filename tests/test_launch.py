@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def evaluate(run: Path, tmp_path: Path, **env: str) -> subprocess.CompletedProcess:
+def evaluate(run: Path | str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess:
     tools = tmp_path / "bin"
     tools.mkdir(exist_ok=True)
     for name, text in (("srun", SRUN), ("gcloud", GCLOUD)):
@@ -98,10 +98,11 @@ def test_what_fails_is_tried_three_times(tmp_path: Path) -> None:
     assert "evaluating" not in done.stdout
 
 
-def test_what_was_stopped_has_not_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [75, 255], ids=["stopped", "ssh"])
+def test_what_was_stopped_has_not_failed(tmp_path: Path, code: int) -> None:
     run, python = tmp_path / "run", tmp_path / "python"
     (run / "checkpoints" / "8").mkdir(parents=True)
-    python.write_text("#!/bin/bash\nexit 75\n")
+    python.write_text(f"#!/bin/bash\nexit {code}\n")
     python.chmod(stat.S_IRWXU)
     done = evaluate(run, tmp_path, PYTHON=str(python))
     assert done.returncode == 1 and "evaluating" in done.stdout and not (run / "reports" / "failed.txt").exists()
@@ -147,5 +148,9 @@ def test_a_dry_run_prints_every_command_and_calls_nothing(tmp_path: Path, place:
 
 def test_no_run_and_no_argument_are_refused(tmp_path: Path) -> None:
     assert "cannot be looked at" in evaluate(tmp_path / "nowhere", tmp_path).stderr
+    for place in ({}, {"TPU": "pod", "ZONE": "zone"}):
+        done = evaluate("gs://bucket/run", tmp_path, **place)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "calls").exists()
+        assert "ldm_jax.evaluate --model gs://bucket/run --step N" in done.stderr
     help_ = subprocess.run([ROOT / "launch" / "evaluate.sh"], capture_output=True, text=True, check=False)
     assert help_.returncode == 2 and "launch/evaluate.sh RUN" in help_.stderr
