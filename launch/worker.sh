@@ -35,15 +35,15 @@ state() { # of the job in a directory
 }
 
 end() { # of the job in a directory, within some seconds
-    local _
+    local i # and not _, which each command sets
     alive "$1" || return 0
     kill -TERM "$(cat "$1/pid")" 2>/dev/null || true
-    for ((_ = 0; _ < $2; _++)); do
+    for ((i = 0; i < $2; i++)); do
         alive "$1" || return 0
         sleep 1
     done
     kill -KILL -- "-$(cat "$1/pid")" 2>/dev/null || true
-    for ((_ = 0; _ < 50; _++)); do
+    for ((i = 0; i < 50; i++)); do
         alive "$1" || return 0
         sleep 0.1
     done

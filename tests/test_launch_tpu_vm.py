@@ -298,7 +298,7 @@ def test_stop_reaches_every_worker_and_is_not_taken_for_a_preemption(cloud: Clou
 
 @pytest.mark.parametrize(("trap", "code"), [("exit 1", 1), ("", 137)], ids=["fails", "deaf"])
 def test_a_stop_without_a_checkpoint_is_told_from_one_with(cloud: Cloud, trap: str, code: int) -> None:
-    env = does(cloud, f"trap '{trap}' TERM; touch \"$CLOUD/ready$me\"; while :; do sleep 0.05; done") | {"GRACE": "1"}
+    env = does(cloud, f"trap '{trap}' TERM; touch \"$CLOUD/ready$me\"; while :; do sleep 0.05; done") | {"GRACE": "3"}
     watcher = cloud.start("tpu_vm.sh", *RUN, **env)
     until(lambda: len(list(cloud.path.glob("ready?"))) == 3)
     until(lambda: any("worker.sh log" in call[-1] for call in cloud.calls()))
