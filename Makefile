@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # In two processes; a file of tests stays in one, for what its tests share. JOBS= is one process.
 PYTEST := $(BIN)/python -m pytest $(if $(JOBS),--numprocesses $(JOBS) --dist loadfile)
-EXTRA_cuda := jax[cuda13]
-EXTRA_tpu := jax[tpu]
+EXTRA_cuda := "jax[cuda13]"
+EXTRA_tpu := "jax[tpu]" -r requirements-gcs.txt
 EXTRA_cpu := jax
 
 .PHONY: txt2img test test-slow test-peers test-tpu lint clean
@@ -39,8 +39,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
-$(VENV)/.$(ACCELERATOR): requirements.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -r requirements.txt "$(EXTRA_$(ACCELERATOR))"
+$(VENV)/.$(ACCELERATOR): requirements.txt requirements-gcs.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -r requirements.txt $(EXTRA_$(ACCELERATOR))
 	touch $@
 
 $(VENV)/.dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python

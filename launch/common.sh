@@ -40,20 +40,21 @@ run() { # a command; with DRY_RUN its text, and on standard output $pretended
 }
 
 # Processes in the background: `supervise` once, `spawn COMMAND...` for each, `await` for all of them. SIGTERM, SIGINT and SIGUSR1 to the script
-# reach them as SIGTERM, and $signalled is the last that came. `await` returns what became of them together: 2 where one ended with 2, else 75
-# where one did, else the first code that is not 0.
+# reach them as SIGTERM (`forward`, which a script may replace), and $signalled is the last that came. `await` returns what became of them
+# together: 2 where one ended with 2, else 75 where one did, else the first code that is not 0.
 children=()
 signalled=
 interrupted=
-forward() {
+forward() { if [ ${#children[@]} -gt 0 ]; then kill -TERM "${children[@]}" 2>/dev/null || true; fi; }
+heard() {
     signalled=$1
     interrupted=1
-    if [ ${#children[@]} -gt 0 ]; then kill -TERM "${children[@]}" 2>/dev/null || true; fi
+    forward
 }
 supervise() {
-    trap 'forward TERM' TERM
-    trap 'forward INT' INT
-    trap 'forward USR1' USR1
+    trap 'heard TERM' TERM
+    trap 'heard INT' INT
+    trap 'heard USR1' USR1
 }
 spawn() {
     if [ -n "${DRY_RUN:-}" ]; then set -- shown "$@"; fi
@@ -62,7 +63,7 @@ spawn() {
 background() {
     "$@" &
     children+=($!)
-    if [ -n "$signalled" ]; then kill -TERM $! 2>/dev/null || true; fi # it came before the child was known
+    if [ -n "$signalled" ]; then forward; fi # it came before the child was known
 }
 await() {
     local pid code ended=0
@@ -83,34 +84,60 @@ await() {
     return "$ended"
 }
 
-workdir_of() { # the --workdir among the arguments
+# What starts a command in all tasks of a Slurm job. Processes that fail or stop end the others themselves, with their exit code and in good
+# order, where srun would kill them. It does not take the number of cores from sbatch by itself.
+# shellcheck disable=SC2034 # for scripts of Slurm
+slurm_step=(srun --kill-on-bad-exit=0 --wait=60 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
+
+flag() { # the value of a flag among arguments
+    local name=$1
+    shift
     while [ $# -gt 0 ]; do
         case $1 in
-            --workdir=*) echo "${1#*=}" && return ;;
-            --workdir) echo "${2:-}" && return ;;
+            "$name"=*) echo "${1#*=}" && return ;;
+            "$name") echo "${2:-}" && return ;;
         esac
         shift
     done
 }
 
-progress() { # the checkpoints and shards that there are in a work directory; nothing where that cannot be seen
-    case $1 in
-        '' | *://*) { [ -z "$1" ] || run gcloud storage ls "$1/checkpoints" "$1/first_stage/checkpoints"; } 2>/dev/null ;;
-        *) find "$1/checkpoints" "$1/first_stage/checkpoints" "$1/latents" -maxdepth 2 2>/dev/null ;;
-    esac | grep -E '/([0-9]+/?|shard-[^/]*)$' | sort || true
+places() { # where a command leaves checkpoints and the shards of caches, one a line
+    local workdir latents
+    workdir=$(flag --workdir "$@")
+    latents=$(flag --config.data.latents "$@")
+    if [ -n "$workdir" ]; then printf '%s\n' "$workdir/checkpoints" "$workdir/first_stage/checkpoints"; fi
+    if [ -n "$workdir$latents" ]; then echo "${latents:-$workdir/latents}/*/shard-*"; fi
+}
+
+seen() { # of the places on standard input, the checkpoints and shards that there are; nothing where that cannot be seen
+    local place
+    while IFS= read -r place; do
+        case $place in
+            *://*) run gcloud storage ls "$place" 2>/dev/null ;; # one a call, which ends at the first without objects
+            *) find "${place%'/*/shard-*'}" -maxdepth 2 2>/dev/null ;;
+        esac | grep -E '/([0-9]+/?|shard-[^/]*)$' || true
+    done
+}
+
+progress() { places "$@" | seen; } # of a command
+
+before= # what `progress` has said so far
+advanced() { # whether it says something new now
+    local new
+    new=$(grep -vxF -f <(echo "$before") <<<"$1") || true
+    before+=${new:+$'\n'$new}
+    [ -n "$new" ]
 }
 
 # Whether a job that ended with a code is to be started again, after the wait that is due; its second argument is what `progress` says.
 fruitless=0
-before=
 again() {
     local limit=${RETRIES:-3}
     case $1 in
         0 | 2) return 1 ;;
         75) limit=${RESTARTS:-10} ;;
     esac
-    if [ "$2" != "$before" ]; then fruitless=0; fi
-    before=$2
+    if advanced "$2"; then fruitless=0; fi
     if [ "$fruitless" -ge "$limit" ]; then
         note "exit code $1 after $fruitless restarts without a new checkpoint: given up"
         return 1

@@ -10,7 +10,7 @@
 # before (checkpoint.keep) are missed; of an autoencoder's run the finished model alone is evaluated. A job that was killed goes on where it
 # was when it is started again. What fails is tried again at the next look, three times in all (RUN/reports/failed.txt); exit code 1 says
 # that something has no report. Give --reference statistics.npz (--write-reference), or the data are measured anew for each checkpoint.
-# All machines see RUN, and have the repository, with its .venv or PYTHON, at the same place; LDM_* and PYTHON go to them. DRY_RUN=1 prints each
+# All machines see RUN on a file system, and have the repository, with its .venv or PYTHON, at the same place; LDM_* and PYTHON go to them. DRY_RUN=1 prints each
 # command for a run of which the finished model is to be evaluated, and runs none.
 set -euo pipefail
 root=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}
@@ -19,6 +19,9 @@ root=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then usage; fi
 run=$1
 shift
+case $run in
+    *://*) fail "$run: mount the bucket (gcsfuse) and give that path, or name checkpoints: python -m ldm_jax.evaluate --model $run --step N" ;;
+esac
 if [ -z "${TPU:-}" ] && [ "${run#/}" = "$run" ]; then run=$PWD/$run; fi
 cd "$root"
 
@@ -42,7 +45,7 @@ if [ -n "${TPU:-}" ]; then
 elif [ -n "${SLURM_JOB_ID:-}" ]; then
     coordinator=()
     on_one() { run bash -c "$@"; }
-    on_all() { become srun --kill-on-bad-exit=1 bash -c "$@"; }
+    on_all() { become "${slurm_step[@]}" bash -c "$@"; }
 else
     coordinator=()
     on_one() { run bash -c "$@"; }
@@ -111,7 +114,7 @@ while :; do
             code=$?
         [ "$code" -eq 0 ] && continue
         failed=again
-        [ "$code" -eq 75 ] && continue # it was stopped, and goes on
+        case $code in 75 | 255) continue ;; esac # it was stopped, or a connection broke: it goes on
         echo "$name failed with exit code $code" >&2
         on_one "$failure" failure "$run" "$name failed with exit code $code" </dev/null
     done

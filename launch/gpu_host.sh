@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs a job on this machine with its GPUs until it is finished, and starts it again where it ended early.
 #
-#   launch/gpu_host.sh python -m ldm_jax.train --config configs/txt2img.py:sd1 --workdir runs/sd1
+#   launch/gpu_host.sh python -m ldm_jax.train --config configs/txt2img.py:sd1 --workdir runs/sd1 \
+#     --config.train.init_from=models/sd1 --config.data.path=/data/pictures --config.train.accumulation=16
 #   nohup launch/gpu_host.sh ... > sd1.log 2>&1 &        # goes on after logging out
 #
 # One process drives all GPUs that it sees (CUDA_VISIBLE_DEVICES chooses). PROCESSES=8 starts one for each of the first eight of them instead,
@@ -12,8 +13,8 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 [ $# -gt 0 ] || usage
 processes=${PROCESSES:-1}
+[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES=$processes: give 1 (for all GPUs) or more"
 PATH=$(dirname "$(dirname "$script")")/.venv/bin:$PATH
-workdir=$(workdir_of "$@")
 
 IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((processes - 1)))}"
 if [ "${#devices[@]}" -lt "$processes" ]; then fail "PROCESSES=$processes, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has ${#devices[@]}"; fi
@@ -37,10 +38,10 @@ attempt() {
 }
 
 supervise
-before=$(progress "$workdir")
+before=$(progress "$@")
 while :; do
     code=0
     attempt "$@" || code=$?
     if [ -n "$signalled" ]; then exit "$code"; fi
-    again "$code" "$(progress "$workdir")" || exit "$code"
+    again "$code" "$(progress "$@")" || exit "$code"
 done

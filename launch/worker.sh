@@ -4,13 +4,13 @@
 #
 #   launch/worker.sh install             makes .venv with jax for TPUs
 #   launch/worker.sh start ID COMMAND... stops what is left of other jobs and starts COMMAND in the background, but where ID was started before
-#   launch/worker.sh status              "STATE ID" of the last job: running, stopped (by `stop`), or its exit code; "none" without one
+#   launch/worker.sh status              "STATE ID" of the last job: running, its exit code, or stopped:CODE by `stop`; "none" without one
 #   launch/worker.sh command             the command of the last job
 #   launch/worker.sh log ID FROM         the log of a job from its byte FROM on
 #   launch/worker.sh follow LINES        the last lines of the last job's log, and those to come
 #   launch/worker.sh fault               the end of the last job's log where it failed
-#   launch/worker.sh stop                SIGTERM to the job: it writes a checkpoint and ends with 75
-#   launch/worker.sh progress WORKDIR    the checkpoints that there are in a work directory on this machine
+#   launch/worker.sh stop                SIGTERM to the job: it writes a checkpoint and ends with 75; another exit code of it is that of this
+#   launch/worker.sh progress PLACE...   the checkpoints and shards that this machine sees at the places of launch/common.sh
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -20,33 +20,43 @@ last=$jobs/last
 
 alive() { [ ! -e "$1/code" ] && [ -e "$1/pid" ] && grep -qs worker.sh "/proc/$(cat "$1/pid")/cmdline"; }
 
+code() { # of the job in a directory; 137 of one that is gone without a word, with its machine perhaps
+    if [ -e "$1/code" ]; then cat "$1/code"; else echo 137; fi
+}
+
 state() { # of the job in a directory
-    local code=137 # of a job that is gone without a word, with its machine perhaps
     if alive "$1"; then
         echo running
     elif [ -e "$1/stopped" ]; then
-        echo stopped
+        echo "stopped:$(code "$1")"
     else
-        if [ -e "$1/code" ]; then code=$(cat "$1/code"); fi
-        echo "$code"
+        code "$1"
     fi
 }
 
 end() { # of the job in a directory, within some seconds
-    local _
+    local i # and not _, which each command sets
     alive "$1" || return 0
     kill -TERM "$(cat "$1/pid")" 2>/dev/null || true
-    for ((_ = 0; _ < $2; _++)); do
+    for ((i = 0; i < $2; i++)); do
         alive "$1" || return 0
         sleep 1
     done
     kill -KILL -- "-$(cat "$1/pid")" 2>/dev/null || true
+    for ((i = 0; i < 50; i++)); do
+        alive "$1" || return 0
+        sleep 0.1
+    done
 }
 
 case ${1:-} in
     install)
         # Images of TPU machines have a Python that is too old, so uv fetches one.
-        if [ ! -x .venv/bin/python ]; then
+        mkdir -p "$jobs"
+        exec 9>"$jobs/install.lock" # a dropped connection ends no installation, beside which another would run
+        flock 9
+        if [ ! -x .venv/bin/pip ]; then # the last that a complete one gets
+            rm -rf .venv
             python3 -m pip install --quiet --user uv
             python3 -m uv venv --quiet --seed --python '>=3.11' .venv
         fi
@@ -77,7 +87,7 @@ case ${1:-} in
     command) cat "$last/command" ;;
     log) if [ -e "$jobs/$2/log" ]; then tail -c "+$(($3 + 1))" "$jobs/$2/log"; fi ;;
     fault)
-        case $(state "$last") in 0 | running | stopped) exit 0 ;; esac
+        case $(state "$last") in 0 | running | stopped:*) exit 0 ;; esac
         echo "$(hostname): exit code $(state "$last")"
         tail -n 15 "$last/log"
         ;;
@@ -86,8 +96,12 @@ case ${1:-} in
         if [ -e "$last" ] && alive "$last"; then
             touch "$last/stopped"
             end "$last" "${GRACE:-180}"
+            case $(code "$last") in 0 | 75) ;; *) exit "$(code "$last")" ;; esac
         fi
         ;;
-    progress) progress "$2" ;;
+    progress)
+        shift
+        printf '%s\n' "$@" | seen
+        ;;
     *) usage ;;
 esac

@@ -11,9 +11,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # Whatever a launcher calls beyond the stand-ins of its test must not reach a real cloud.
-TOOLS = ("gcloud", "kubectl", "srun", "sbatch", "scontrol", "xpk", "docker", "apptainer", "nvidia-smi")
+TOOLS = ("gcloud", "kubectl", "srun", "sbatch", "scontrol", "scancel", "xpk", "docker", "apptainer", "nvidia-smi")
 _UNKNOWN = '#!/bin/bash\necho "$(basename "$0") is not to be called: $*" >&2\nexit 99\n'
 NOTED = 'printf "%s\\n" "$(basename "$0") ${*@Q}" >> "$CLOUD/calls"\n'
+
+# `gcloud storage ls` of the objects that are listed in a file: it ends at the first URL without any.
+STORAGE_LS = r"""
+[ "$1 $2" = "storage ls" ] || exit 1
+shift 2
+for url; do
+    case $url in
+        *'*'*) found=$(while read -r object; do [[ $object == $url ]] && echo "$object"; done < "$CLOUD/bucket") ;;
+        *) found=$(sed -n "s|^\($url/[^/]*/\).*|\1|p" "$CLOUD/bucket" | sort -u) ;;
+    esac
+    [ -n "$found" ] || { echo "ERROR: (gcloud.storage.ls) One or more URLs matched no objects." >&2; exit 1; }
+    echo "$found"
+done
+"""
 
 
 class Cloud:

@@ -18,7 +18,7 @@ from tests import tiny
 ROOT = Path(__file__).parent.parent
 FLAGS = ("--num", "9", "--steps", "1", "--reference-num", "12")
 # Each does what it is asked to on this machine, and notes how it was called.
-SRUN = '#!/bin/bash\necho "srun $1" >> "$CALLS"\nshift\nexec "$@"\n'
+SRUN = '#!/bin/bash\necho "srun $1 $2" >> "$CALLS"\nshift 2\nexec "$@"\n'
 GCLOUD = """#!/bin/bash
 for argument in "$@"; do
     case $argument in
@@ -46,13 +46,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def evaluate(run: Path, tmp_path: Path, **env: str) -> subprocess.CompletedProcess:
+def evaluate(run: Path | str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess:
     tools = tmp_path / "bin"
     tools.mkdir(exist_ok=True)
     for name, text in (("srun", SRUN), ("gcloud", GCLOUD)):
         (tools / name).write_text(text)
         (tools / name).chmod(stat.S_IRWXU)
-    given = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    given = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.startswith("SLURM_")}
     given |= {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable, "CALLS": str(tmp_path / "calls"), "ONCE": "1"}
     given |= {"JAX_PLATFORMS": "cpu", "HOME_OF_WORKERS": str(ROOT), **env}
     command = [str(ROOT / "launch" / "evaluate.sh"), str(run), *FLAGS]
@@ -77,7 +77,7 @@ def test_each_checkpoint_is_evaluated_once(finished: Path, tmp_path: Path) -> No
     (run / "reports" / "8" / "report.json").unlink()
     again = evaluate(run, tmp_path, ONCE="", SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(ROOT))
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("evaluating") == 1 and calls(tmp_path) == ["srun --kill-on-bad-exit=1"]
+    assert again.stdout.count("evaluating") == 1 and calls(tmp_path) == ["srun --kill-on-bad-exit=0 --wait=60"]
     after = {path: path.stat().st_mtime_ns for path in run.glob("reports/*/report.json")}
     assert {path for path in after if after[path] != before[path]} == {run / "reports" / "8" / "report.json"}
 
@@ -98,10 +98,11 @@ def test_what_fails_is_tried_three_times(tmp_path: Path) -> None:
     assert "evaluating" not in done.stdout
 
 
-def test_what_was_stopped_has_not_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [75, 255], ids=["stopped", "ssh"])
+def test_what_was_stopped_has_not_failed(tmp_path: Path, code: int) -> None:
     run, python = tmp_path / "run", tmp_path / "python"
     (run / "checkpoints" / "8").mkdir(parents=True)
-    python.write_text("#!/bin/bash\nexit 75\n")
+    python.write_text(f"#!/bin/bash\nexit {code}\n")
     python.chmod(stat.S_IRWXU)
     done = evaluate(run, tmp_path, PYTHON=str(python))
     assert done.returncode == 1 and "evaluating" in done.stdout and not (run / "reports" / "failed.txt").exists()
@@ -147,5 +148,9 @@ def test_a_dry_run_prints_every_command_and_calls_nothing(tmp_path: Path, place:
 
 def test_no_run_and_no_argument_are_refused(tmp_path: Path) -> None:
     assert "cannot be looked at" in evaluate(tmp_path / "nowhere", tmp_path).stderr
+    for place in ({}, {"TPU": "pod", "ZONE": "zone"}):
+        done = evaluate("gs://bucket/run", tmp_path, **place)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "calls").exists()
+        assert "ldm_jax.evaluate --model gs://bucket/run --step N" in done.stderr
     help_ = subprocess.run([ROOT / "launch" / "evaluate.sh"], capture_output=True, text=True, check=False)
     assert help_.returncode == 2 and "launch/evaluate.sh RUN" in help_.stderr

@@ -84,6 +84,28 @@ def test_a_slice(cloud: Cloud, slice_: str, hosts: int, chips: int, kind: str) -
     assert main["args"] == list(COMMAND) and {"name": "LIBTPU_INIT_ARGS", "value": '--a="b"'} in main["env"]
 
 
+def test_data_are_mounted_from_a_claim(cloud: Cloud) -> None:
+    pod = job_of(applied(cloud, SLICE="v5e:4x4", CLAIM="pictures"))["template"]["spec"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts == {"shm": "/dev/shm", "data": "/data"}
+    shm, data = pod["volumes"]
+    assert shm == {"name": "shm", "emptyDir": {"medium": "Memory"}}
+    assert data == {"name": "data", "persistentVolumeClaim": {"claimName": "pictures"}}
+
+
+@pytest.mark.parametrize("slice_", ["v5e:16x16*2", "v5e:16", "v5e", "16x16", "v5e:0x4", "v5e:4x", "v5e:4x4x", "V5E:4x4"])
+def test_a_slice_that_is_none_is_refused(cloud: Cloud, slice_: str) -> None:
+    done = cloud.run("gke.sh", *COMMAND, NAME="run", IMAGE="image", SLICE=slice_)
+    assert done.returncode == 2 and cloud.calls() == []
+    assert done.stderr.count("\n") == 1 and f"SLICE={slice_}: v4, v5e" in done.stderr
+
+
+@pytest.mark.parametrize("chips", ["5", "0", "x"])
+def test_hosts_have_equally_many_chips(cloud: Cloud, chips: str) -> None:
+    done = cloud.run("gke.sh", *COMMAND, NAME="run", IMAGE="image", SLICE="v5e:4x8", CHIPS=chips)
+    assert done.returncode == 2 and cloud.calls() == [] and f"CHIPS={chips}: not a part of 32 chips" in done.stderr
+
+
 def test_hosts_with_gpus_join_the_first(cloud: Cloud) -> None:
     jobset = applied(cloud, GPU="nvidia-h100-80gb", HOSTS="4", SERVICE_ACCOUNT="trainer")
     job = job_of(jobset)

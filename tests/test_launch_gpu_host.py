@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import Cloud, until
+from tests.launching import STORAGE_LS, Cloud, until
 
 JOB = '#!/bin/bash\necho "$*" >> "$CLOUD/started"\nattempt=$(wc -l < "$CLOUD/started")\n'
 STOPS = JOB.replace("\n", '\ntrap "echo stopped >> $CLOUD/stopped; exit 75" TERM\n', 1) + "while :; do sleep 0.02; done\n"
@@ -32,11 +32,33 @@ def test_a_stop_without_progress_is_not_repeated_for_ever(cloud: Cloud) -> None:
     assert "exit code 75 after 4 restarts without a new checkpoint: given up" in done.stderr
 
 
-def test_checkpoints_of_a_bucket_are_progress(cloud: Cloud) -> None:
-    cloud.script("bin/gcloud", '#!/bin/bash\necho "$3:"; cat "$CLOUD/bucket"\n')
-    cloud.script("bin/job", JOB + 'echo "gs://bucket/run/checkpoints/$attempt/" >> "$CLOUD/bucket"\n[ $attempt = 5 ] || exit 1\n')
-    done = cloud.run("gpu_host.sh", "job", "--workdir=gs://bucket/run", RETRIES="1")
+@pytest.mark.parametrize(
+    ("flags", "made"),
+    [
+        (("--workdir=gs://b/run",), "gs://b/run/checkpoints/{}/metrics/data"),
+        (("--workdir", "gs://b/run"), "gs://b/run/first_stage/checkpoints/{}/state"),
+        (("--workdir", "gs://b/run"), "gs://b/run/latents/a1b2/shard-0000{}-of-00009.records"),
+        (("--workdir=run", "--config.data.latents=gs://b/latents"), "gs://b/latents/a1b2/shard-0000{}-of-00009.records"),
+        (("--workdir", "{cloud}/run"), "{cloud}/run/first_stage/checkpoints/{}/state"),
+        (("--workdir=gs://b/run", "--config.data.latents={cloud}/the latents"), "{cloud}/the latents/a1b2/shard-0000{}-of-00009.records"),
+    ],
+    ids=["checkpoints", "first_stage", "latents", "latents_elsewhere", "local", "latents_mounted"],
+)
+def test_what_is_new_anywhere_is_progress(cloud: Cloud, flags: tuple[str, ...], made: str) -> None:
+    cloud.script("bin/gcloud", f"#!/bin/bash\n{STORAGE_LS}")
+    path = made.replace("{cloud}", str(cloud.path)).replace("{}", "$attempt")
+    writes = f'path="{path}"\ncase $path in gs:*) echo "$path" >> "$CLOUD/bucket" ;; *) mkdir -p "${{path%/*}}" && touch "$path" ;; esac\n'
+    cloud.script("bin/job", JOB + writes + "[ $attempt = 5 ] || exit 1\n")
+    done = cloud.run("gpu_host.sh", "job", *(flag.replace("{cloud}", str(cloud.path)) for flag in flags), RETRIES="1")
     assert done.returncode == 0 and len(cloud.lines("started")) == 5, done.stderr
+
+
+def test_what_has_gone_is_no_progress(cloud: Cloud) -> None:
+    """Old checkpoints are removed, and a look at a bucket may fail."""
+    swaps = 'cd "$CLOUD" && mkdir -p run/checkpoints/1$((attempt % 2)) && rm -rf run/checkpoints/1$((1 - attempt % 2))\nexit 1\n'
+    cloud.script("bin/job", JOB + swaps)
+    done = cloud.run("gpu_host.sh", "job", "--workdir", str(cloud.path / "run"), RETRIES="3")
+    assert done.returncode == 1 and len(cloud.lines("started")) == 5, done.stderr
 
 
 def test_waits_grow_and_are_set_back_by_a_new_checkpoint(cloud: Cloud) -> None:
@@ -88,6 +110,12 @@ def test_processes_do_not_join_another_job(cloud: Cloud) -> None:
         assert not cloud.lines("started")
         assert cloud.run("gpu_host.sh", "job", PROCESSES="2").returncode == 0
     assert len(cloud.lines("started")) == 2
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "all"])
+def test_a_number_of_processes_is_one_or_more(cloud: Cloud, number: str) -> None:
+    done = cloud.run("gpu_host.sh", "false", PROCESSES=number)
+    assert done.returncode == 2 and f"PROCESSES={number}" in done.stderr
 
 
 def test_a_signal_reaches_every_process(cloud: Cloud) -> None:

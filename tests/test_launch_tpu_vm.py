@@ -20,10 +20,20 @@ done
 refuse() { echo "ERROR: (gcloud.compute.tpus.$product.$verb) $1" >&2; exit 1; }
 [ "$1" = compute ] || exit 1
 [ "$zone" = here ] || refuse "PERMISSION_DENIED: Permission denied on 'locations/$zone' (or it may not exist)."
+unseen() { # whether this look is one of as many as "flaky" says that fail
+    left=$(cat "$CLOUD/flaky" 2>/dev/null) && [ "$left" -gt 0 ] || return 1
+    echo $((left - 1)) > "$CLOUD/flaky"
+    echo "ERROR: (gcloud.compute.tpus.$product.$verb) UNAVAILABLE: The service is currently unavailable." >&2
+}
+gone() {
+    for pid in "$CLOUD"/workers/*/.ldm_jax_jobs/*/pid; do if [ -e "$pid" ]; then kill -KILL -- "-$(cat "$pid")" 2>/dev/null; fi; done
+    rm -rf "$CLOUD/slice" "$CLOUD/queue" "$CLOUD/workers" "$CLOUD/dead"
+}
 machines() { for i in 0 1 2; do mkdir -p "$CLOUD/workers/$i"; done; echo "$1" > "$CLOUD/slice"; }
 case "$product $verb" in
     "queued-resources describe")
         [ -e "$CLOUD/queue" ] || refuse "NOT_FOUND: Resource was not found"
+        if unseen; then exit 1; fi
         cat "$CLOUD/queue"
         case $(cat "$CLOUD/queue") in
             WAITING_FOR_RESOURCES) echo PROVISIONING > "$CLOUD/queue" ;;
@@ -32,6 +42,7 @@ case "$product $verb" in
     "queued-resources create") echo WAITING_FOR_RESOURCES > "$CLOUD/queue" ;;
     "tpu-vm describe")
         [ -e "$CLOUD/slice" ] || refuse "NOT_FOUND: Resource was not found"
+        if unseen; then exit 1; fi
         cat "$CLOUD/slice"
         if [ "$(cat "$CLOUD/slice")" = CREATING ]; then echo READY > "$CLOUD/slice"; fi ;;
     "tpu-vm create")
@@ -40,21 +51,37 @@ case "$product $verb" in
             refuse "RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 0"
         fi
         machines CREATING ;;
-    *delete)
-        for pid in "$CLOUD"/workers/*/.ldm_jax_jobs/*/pid; do if [ -e "$pid" ]; then kill -KILL -- "-$(cat "$pid")" 2>/dev/null; fi; done
-        rm -rf "$CLOUD/slice" "$CLOUD/queue" "$CLOUD/workers" ;;
+    "queued-resources delete")
+        [ -e "$CLOUD/queue" ] || refuse "NOT_FOUND: Resource was not found"
+        gone ;;
+    "tpu-vm delete")
+        [ ! -e "$CLOUD/queue" ] || refuse "FAILED_PRECONDITION: the node belongs to a queued resource"
+        [ -e "$CLOUD/slice" ] || refuse "NOT_FOUND: Resource was not found"
+        gone ;;
     "tpu-vm scp") for i in 0 1 2; do cp "$5" "$CLOUD/workers/$i/${6#*:}"; done ;;
     "tpu-vm ssh")
         [ "$(cat "$CLOUD/slice")" = READY ] || { echo "ssh: connect to host: Connection timed out" >&2; exit 255; }
         for i in 0 1 2; do
             if [ "$worker" = all ] || [ "$worker" = $i ]; then
+                if grep -qs $i "$CLOUD/dead"; then
+                    echo "ssh: connect to host: Connection timed out" >&2
+                    failed=255
+                    continue
+                fi
+                # The connection is lost, and the command runs on.
+                if [ -e "$CLOUD/lose" ] && [[ $command = *"worker.sh $(cat "$CLOUD/lose")"* ]]; then
+                    cd "$CLOUD/workers/$i" && HOME=$PWD PATH=$CLOUD/on_worker:$PATH setsid bash -c "$command" > /dev/null 2>&1 &
+                    lost=1
+                    continue
+                fi
                 # Through a pipe, as ssh ends when nothing holds the other end of it any more.
                 (
                     cd "$CLOUD/workers/$i" && HOME=$PWD PATH=$CLOUD/on_worker:$PATH bash -c "$command" 3>&- | cat
                     exit ${PIPESTATUS[0]}
-                ) || failed=1
+                ) || failed=$?
             fi
         done
+        if [ -n "$lost" ]; then rm "$CLOUD/lose"; exit 255; fi
         if [ -e "$CLOUD/drop" ] && [[ $command = *"worker.sh $(cat "$CLOUD/drop")"* ]]; then rm "$CLOUD/drop"; exit 255; fi
         exit ${failed:-0} ;;
     *) exit 1 ;;
@@ -70,6 +97,7 @@ act() { eval "$1"; }
 trap 'exit 75' TERM
 while [ ! -e "$CLOUD/go" ]; do sleep 0.02; done
 """
+WATCHED = 'until grep -q "worker.sh log" "$CLOUD/calls"; do sleep 0.02; done; '
 RUN = ("run", "job", "--workdir", "gs://bucket/run")
 
 
@@ -137,13 +165,67 @@ def test_missing_quota_shows_the_tools_own_error(cloud: Cloud) -> None:
     (cloud.path / "quota").touch()
     done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, "exit 0"))
     assert done.returncode == 1 and "Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded" in done.stderr
-    assert [call[4] for call in cloud.calls()] == ["describe", "create"]
+    assert [call[4] for call in cloud.calls()] == ["describe", "create", "describe"] and "costs money" not in done.stderr
 
 
 def test_no_capacity_after_a_preemption_is_waited_for(cloud: Cloud) -> None:
     preempted = 'if [ $me = 0 ]; then touch "$CLOUD/quota"; echo PREEMPTED > "$CLOUD/slice"; fi; sleep 100'
     done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, preempted, "exit 0"))
     assert done.returncode == 0 and verbs(cloud).count("create") == 3 and "Quota limit" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("queued", ["", "1"], ids=["slice", "queued"])
+def test_looks_that_fail_lose_nothing_that_was_asked_for(cloud: Cloud, queued: str) -> None:
+    (cloud.path / "flaky").write_text("20")
+    done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, "exit 0"), QUEUED=queued)
+    assert done.returncode == 0 and sorted(cloud.lines("started")) == ["0", "1", "2"], done.stderr
+    (cloud.path / "flaky").write_text("1000")
+    done = cloud.run("tpu_vm.sh", "up", **does(cloud, "exit 0"), QUEUED=queued, POLL="0")
+    assert done.returncode == 1 and "UNAVAILABLE" in done.stderr and len(verbs(cloud)) == 2
+    (cloud.path / "flaky").unlink()
+
+
+def test_a_request_in_the_queue_is_neither_forgotten_nor_left(cloud: Cloud) -> None:
+    cloud.script("bin/sleep", '#!/bin/bash\nif [ -e "$CLOUD/queue" ]; then echo 1000 > "$CLOUD/flaky"; fi\n')
+    done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, "exit 0"), QUEUED="1", POLL="0")
+    assert done.returncode == 1 and (cloud.path / "queue").exists()
+    hint = done.stderr.splitlines()[-1]
+    assert f"costs money until `env TPU=pod ZONE=here {ROOT}/launch/tpu_vm.sh delete`" in hint
+    (cloud.path / "flaky").unlink()
+    assert cloud.run("tpu_vm.sh", "status", TPU="pod", ZONE="here").stdout == "PROVISIONING\n"
+    assert cloud.run("tpu_vm.sh", "delete", TPU="pod", ZONE="here").returncode == 0 and not (cloud.path / "queue").exists()
+
+
+def test_what_cannot_be_seen_of_a_work_directory_ends_nothing(cloud: Cloud) -> None:
+    (cloud.path / "drop").write_text("progress")
+    done = cloud.run("tpu_vm.sh", "run", "job", "--workdir=run", **does(cloud, "exit 0"))
+    assert done.returncode == 0 and not (cloud.path / "drop").exists(), done.stderr
+
+
+def test_a_slice_that_has_lost_a_worker_is_replaced(cloud: Cloud) -> None:
+    """It stays READY; the others see that one is lost, and end."""
+    lost = WATCHED + 'if [ $me = 1 ]; then echo 1 > "$CLOUD/dead"; sleep 100; fi; sleep 0.5; echo "error: process 1 is lost"; exit 1'
+    done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, lost, "exit 0"), DELETE="1", GRACE="1")
+    assert done.returncode == 0, done.stderr
+    assert verbs(cloud) == ["create", "scp", "delete", "create", "scp", "delete"]
+    assert "error: process 1 is lost" in done.stdout and "not all of its workers answer" in done.stderr
+    assert "costs money" not in done.stderr
+
+
+def test_a_job_whose_workers_do_not_all_answer_is_left_alone_while_it_runs(cloud: Cloud) -> None:
+    env = does(cloud, WATCHED + 'echo 1 > "$CLOUD/dead"; while [ ! -e "$CLOUD/end" ]; do sleep 0.02; done; rm -f "$CLOUD/dead"; exit 0')
+    watcher = cloud.start("tpu_vm.sh", *RUN, **env, GRACE="1", POLL="0")
+    until(lambda: len(looks_at_all(cloud)) > 35)
+    assert watcher.poll() is None
+    (cloud.path / "end").touch()
+    said, _ = watcher.communicate(timeout=60)
+    assert watcher.returncode == 0 and verbs(cloud) == ["create", "scp"], said
+
+
+def test_a_slice_of_which_nobody_answers_is_left_with_a_hint(cloud: Cloud) -> None:
+    done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, WATCHED + 'echo 012 > "$CLOUD/dead"; sleep 100'), POLL="0")
+    assert done.returncode == 1 and "cannot be reached" in done.stderr and verbs(cloud) == ["create", "scp"]
+    assert "costs money" in done.stderr.splitlines()[-1]
 
 
 def test_bad_input_is_final(cloud: Cloud) -> None:
@@ -210,8 +292,41 @@ def test_stop_reaches_every_worker_and_is_not_taken_for_a_preemption(cloud: Clou
     until(lambda: any("worker.sh log" in call[-1] for call in cloud.calls()))
     assert cloud.run("tpu_vm.sh", "stop", **env).returncode == 0
     said, _ = watcher.communicate(timeout=60)
-    assert watcher.returncode == 75 and "the job was stopped" in said and len(cloud.lines("started")) == 3
-    assert cloud.run("tpu_vm.sh", "status", **env).stdout.split()[:2] == ["READY", "stopped"]
+    assert watcher.returncode == 75 and "the job was stopped\n" in said and "costs money" in said and len(cloud.lines("started")) == 3
+    assert cloud.run("tpu_vm.sh", "status", **env).stdout.split()[:2] == ["READY", "stopped:75"]
+
+
+@pytest.mark.parametrize(("trap", "code"), [("exit 1", 1), ("", 137)], ids=["fails", "deaf"])
+def test_a_stop_without_a_checkpoint_is_told_from_one_with(cloud: Cloud, trap: str, code: int) -> None:
+    env = does(cloud, f"trap '{trap}' TERM; touch \"$CLOUD/ready$me\"; while :; do sleep 0.05; done") | {"GRACE": "3"}
+    watcher = cloud.start("tpu_vm.sh", *RUN, **env)
+    until(lambda: len(list(cloud.path.glob("ready?"))) == 3)
+    until(lambda: any("worker.sh log" in call[-1] for call in cloud.calls()))
+    assert cloud.run("tpu_vm.sh", "stop", **env).returncode == code
+    said, _ = watcher.communicate(timeout=60)
+    assert watcher.returncode == code and f"stopped, and ended with exit code {code}" in said and len(cloud.lines("started")) == 3
+
+
+def test_an_installation_that_outlives_its_connection_is_waited_for(cloud: Cloud) -> None:
+    noted = 'echo "$1 $(basename "$HOME")" >> "$CLOUD/made"'
+    cloud.script("on_worker/make", f"#!/bin/bash\nnote() {{ {noted}; }}\nnote begins\nsleep 1\nnote ends\n")
+    (cloud.path / "lose").write_text("install")
+    done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, "exit 0"))
+    assert done.returncode == 0 and not (cloud.path / "lose").exists(), done.stderr
+    for worker in range(3):
+        assert [line.split()[0] for line in cloud.lines("made") if line.endswith(str(worker))] == ["begins", "ends"] * 2
+
+
+def test_half_an_environment_is_made_anew(cloud: Cloud) -> None:
+    made = 'mkdir -p .venv/bin; touch .venv/bin/python; chmod +x .venv/bin/python; [ -e "$HOME/again" ] || { touch "$HOME/again"; exit 1; }'
+    whole = "touch .venv/bin/pip; chmod +x .venv/bin/pip"
+    cloud.script("on_worker/python3", f'#!/bin/bash\necho "python3 $*" >> "$CLOUD/installed"\ncase $* in *venv*) {made}; {whole} ;; esac\n')
+    done = cloud.run("tpu_vm.sh", *RUN, **does(cloud, "exit 0"))
+    assert done.returncode == 0, done.stderr
+    assert (
+        len([line for line in cloud.lines("installed") if "uv venv" in line]) == 6
+        and len(list(cloud.path.glob("workers/?/ldm_jax/.venv/bin/pip"))) == 3
+    )
 
 
 def test_flags_of_xla_reach_the_workers(cloud: Cloud) -> None:
