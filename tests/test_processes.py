@@ -177,6 +177,18 @@ def test_an_error_in_one_process_ends_all_with_its_reason(tmp_path: Path, broken
     assert job.last_line(1 - broken) == f"error: process {broken} of 2 has ended: the data of batch 5 cannot be read"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_checkpoint_that_one_process_cannot_write_ends_all(tmp_path: Path, full: int) -> None:
+    """Soon, and not when a barrier of Orbax gives up after 20 minutes."""
+    job = Job(tmp_path, 2, 1, "stage", tmp_path, 2, TEST_FULL_AT=f"{full}:8", TEST_PAUSE="0.3")
+    assert job.codes(BOUND) == [2, 2], [log.read_text()[-3000:] for log in job.logs]
+    reason = f"no disk space left for checkpoints in {tmp_path}/checkpoints"
+    assert job.last_line(full).startswith(f"error: {reason}")
+    assert job.last_line(1 - full).startswith(f"error: process {full} of 2 has ended: {reason}")
+    assert checkpoints(tmp_path) == [6]
+
+
 DEVICES = 4
 MESHES = {"data": "4-1", "fsdp": "1-4", "mixed": "2-2"}
 KINDS = ("autoencoder", "moments")

@@ -31,7 +31,10 @@ def updates(out: str, *names: str) -> int:
 
 def stage(workdir: str, fsdp: str) -> int:
     """With TEST_FAIL_AT=P:STEP process P finds its data broken there; with TEST_PAUSE each batch takes that many seconds to draw;
-    with TEST_ALONE process 0 is alone at work afterwards, and says so by the file WORKDIR/alone."""
+    with TEST_FULL_AT=P:STEP process P cannot write large files from there on, and the state is large; with TEST_ALONE process 0 is alone at
+    work afterwards, and says so by the file WORKDIR/alone."""
+    import resource
+
     import jax
     import numpy as np
 
@@ -48,8 +51,11 @@ def stage(workdir: str, fsdp: str) -> int:
     config.optimizer.update(learning_rate=0.1)
     config.checkpoint.update(every=6)
     process, _, broken = os.environ.get("TEST_FAIL_AT", "").partition(":")
+    full = os.environ.get("TEST_FULL_AT", "")
 
     def draw(step: int) -> None:
+        if full == f"{jax.process_index()}:{step}":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
         time.sleep(float(os.environ.get("TEST_PAUSE", "0")))
         if process == str(jax.process_index()) and step == int(broken):
             raise UserError(f"the data of batch {step} cannot be read")
@@ -58,9 +64,10 @@ def stage(workdir: str, fsdp: str) -> int:
         (Path(workdir) / "alone").touch()
         time.sleep(float(os.environ["TEST_ALONE"]))
 
+    line = LineStage(config, Numbers(), draw, width=200_000 if full else 64)
     try:
         with stopping_at_once():
-            state = loop.train(LineStage(config, Numbers(), draw, width=64), WorkDir(workdir), make_mesh(-1, int(fsdp)))
+            state = loop.train(line, WorkDir(workdir), make_mesh(-1, int(fsdp)))
             if "TEST_ALONE" in os.environ:
                 from_first(work_alone)
     except loop.Stopped as stop:

@@ -204,7 +204,7 @@ class _Run:
     def _between(self, state: State, step: int) -> None:
         """Checkpoint and preview before the batch of `step` is drawn."""
         stopping = self.signals.stops_before(step)
-        if self.checkpoints.due(step) or stopping:
+        if self.checkpoints.due(step) or stopping or self.checkpoints.failed:
             self._check_finite(state)
             with self._pause(state):
                 self.save(step, state, wait=stopping)

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from ldm_jax.sharding.mesh import make_mesh
 from ldm_jax.training import loop, optimizer
 from ldm_jax.training import state as states
 from tests import tiny
+from tests.training.test_checkpoints import small_files
 
 BATCH = 16
 
@@ -196,6 +200,29 @@ def test_a_signal_stops_with_a_checkpoint_and_the_resume_is_bit_identical(config
     resumed = run(LineStage(config, Numbers()), tmp_path, mesh)
     assert_same(resumed, run(LineStage(config, Numbers()), tmp_path / "undisturbed", mesh))
     assert losses(tmp_path) == losses(tmp_path / "undisturbed") and len(losses(tmp_path)) == 12
+
+
+def test_a_checkpoint_that_failed_in_the_background_is_made_up_for_at_once(
+    config: Any, mesh: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full when the checkpoint of step 4 is written, and has space again when that is noticed; a stop loses nothing by it."""
+
+    def fill(step: int) -> None:
+        if step == 3:
+            limits.enter_context(small_files())
+        if step == 4:
+            while any(thread.name == "save_finalize" for thread in threading.enumerate()):
+                time.sleep(0.01)
+            limits.close()
+        if step == signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for signalled in (-1, 4):
+        path, limits = tmp_path / str(signalled), ExitStack()
+        with limits, pytest.raises(loop.Stopped) if signalled > 0 else nullcontext():
+            run(LineStage(config, Numbers(), fill, width=200_000), path, mesh)
+        assert kept(path) == ([5] if signalled > 0 else [5, 8, 12])
+        assert "the last checkpoint was not written (no disk space left" in caplog.text
 
 
 def test_a_signal_during_the_last_update_stops_the_run_after_its_checkpoint(config: Any, mesh: Any, tmp_path: Path) -> None:
