@@ -169,6 +169,17 @@ def test_a_stop_while_one_process_works_alone_is_heard_by_all(tmp_path: Path, vi
 
 
 @pytest.mark.slow
+def test_a_stop_during_an_evaluation_is_heard_by_all_between_two_batches(tmp_path: Path) -> None:
+    job = Job(tmp_path, 2, 1, "stage", tmp_path, 2, TEST_EVALUATE="1")
+    job.signal(1, signal.SIGTERM, (tmp_path / "evaluating").exists)
+    assert job.codes(BOUND) == [75, 75], [log.read_text()[-3000:] for log in job.logs]
+    assert {job.last_line(which) for which in (0, 1)} == {
+        "stopped at step 5 with a complete checkpoint; the same command goes on from there"
+    }
+    assert checkpoints(tmp_path) == [5] and not (tmp_path / "evaluations").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [0, 1])
 def test_an_error_in_one_process_ends_all_with_its_reason(tmp_path: Path, broken: int) -> None:
     job = Job(tmp_path, 2, 1, "stage", tmp_path, 1, TEST_FAIL_AT=f"{broken}:5")

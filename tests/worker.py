@@ -8,7 +8,9 @@ train WORKDIR [--config...] the front door, `ldm_jax.train`, with the configurat
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ldm_jax import cli
 
@@ -31,6 +33,7 @@ def updates(out: str, *names: str) -> int:
 
 def stage(workdir: str, fsdp: str) -> int:
     """With TEST_FAIL_AT=P:STEP process P finds its data broken there; with TEST_PAUSE each batch takes that many seconds to draw;
+    with TEST_EVALUATE an evaluation after 5 updates takes 600 batches of a second, and says so by the file WORKDIR/evaluating;
     with TEST_FULL_AT=P:STEP process P cannot write large files from there on, and the state is large; with TEST_ALONE process 0 is alone at
     work afterwards, and says so by the file WORKDIR/alone."""
     import resource
@@ -64,7 +67,16 @@ def stage(workdir: str, fsdp: str) -> int:
         (Path(workdir) / "alone").touch()
         time.sleep(float(os.environ["TEST_ALONE"]))
 
+    def evaluate(state: Any, between: Callable[[], None]) -> dict[str, float]:
+        (Path(workdir) / "evaluating").touch()
+        for _ in range(600):
+            between()
+            time.sleep(1 + 0.3 * jax.process_index())
+        return {}
+
+    config.evaluate.every = 5 if "TEST_EVALUATE" in os.environ else 0
     line = LineStage(config, Numbers(), draw, width=200_000 if full else 64)
+    line.evaluate = evaluate  # type: ignore[attr-defined]
     try:
         with stopping_at_once():
             state = loop.train(line, WorkDir(workdir), make_mesh(-1, int(fsdp)))

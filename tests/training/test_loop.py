@@ -171,7 +171,7 @@ def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(config: Any, 
     scores = {"score": 0.5, "broken": float("nan")}
     config.evaluate.every = 5
     stage = LineStage(config, Numbers())
-    stage.evaluate = lambda state: scores  # type: ignore[attr-defined]
+    stage.evaluate = lambda state, between: scores  # type: ignore[attr-defined]
     state = run(stage, tmp_path, mesh)
     evaluations = tmp_path / "evaluations"
     assert sorted(p.name for p in evaluations.iterdir()) == ["00000005.json", "00000010.json", "00000012.json"]
@@ -179,7 +179,7 @@ def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(config: Any, 
     (tmp_path / "samples" / "00000012.png").unlink()
     (evaluations / "00000012.json").unlink()
     again = LineStage(config, Numbers())
-    again.evaluate = lambda state: scores  # type: ignore[attr-defined]
+    again.evaluate = lambda state, between: scores  # type: ignore[attr-defined]
     assert_same(run(again, tmp_path, mesh), state)
     assert again.seen == [] and (tmp_path / "samples" / "00000012.png").exists() and (evaluations / "00000012.json").exists()
     assert [line["step"] for line in lines(tmp_path) if "evaluation/score" in line][:3] == [5, 10, 12]
@@ -223,6 +223,34 @@ def test_a_checkpoint_that_failed_in_the_background_is_made_up_for_at_once(
             run(LineStage(config, Numbers(), fill, width=200_000), path, mesh)
         assert kept(path) == ([5] if signalled > 0 else [5, 8, 12])
         assert "the last checkpoint was not written (no disk space left" in caplog.text
+
+
+@pytest.mark.parametrize(("at", "batches"), [(5, 3), (12, 1)])
+def test_a_signal_stops_an_evaluation_between_its_batches(config: Any, mesh: Any, tmp_path: Path, at: int, batches: int) -> None:
+    """The checkpoint is there already; the evaluation is made when the run goes on."""
+    config.evaluate.every = 5
+    seen: list[int] = []
+
+    def evaluate(state: Any, between: Callable[[], None]) -> dict[str, float]:
+        for batch in range(4):
+            between()
+            seen.append(batch)
+            if (int(state.step), batch + 1) == (at, batches):
+                assert at in kept(tmp_path) or at == 5  # of 5 it may still be on its way
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {"score": float(state.step)}
+
+    first, again = (LineStage(config, Numbers()) for _ in range(2))
+    first.evaluate = evaluate  # type: ignore[attr-defined]
+    with pytest.raises(loop.Stopped, match=f"step {at} with a complete checkpoint"):
+        run(first, tmp_path, mesh)
+    assert len(seen) % 4 == batches % 4 and kept(tmp_path)[-1] == at
+    at, evaluations = -1, tmp_path / "evaluations"
+    again.evaluate = evaluate  # type: ignore[attr-defined]
+    resumed = run(again, tmp_path, mesh)
+    assert [json.loads(p.read_text())["score"] for p in sorted(evaluations.iterdir())] == [5, 10, 12]
+    config.evaluate.every = 0
+    assert_same(resumed, run(LineStage(config, Numbers()), tmp_path / "undisturbed", mesh))
 
 
 def test_a_signal_during_the_last_update_stops_the_run_after_its_checkpoint(config: Any, mesh: Any, tmp_path: Path) -> None:
