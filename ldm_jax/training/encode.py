@@ -91,7 +91,9 @@ def ensure_cache(config: ConfigDict, workdir: WorkDir, encoder: Encoder, source:
     """The latent cache of a run, encoded now where it is missing or unfinished. Raises UserError."""
     mark = fingerprint(config, encoder.fingerprint, source)
     meta = {"flips": config.data.flip, "buckets": [list(bucket) for bucket in getattr(source, "buckets", ())]}
-    return ensure_written(
+    if hasattr(source, "shared_by"):  # each process encodes shards of its own
+        source.shared_by(jax.process_count())
+    cache = ensure_written(
         cache_directory(config, workdir, mark),
         {"fingerprint": mark, **meta},
         len(source),
@@ -99,6 +101,9 @@ def ensure_cache(config: ConfigDict, workdir: WorkDir, encoder: Encoder, source:
         lambda examples, views: encoded(encoder, source, examples, views, config.data.workers),
         config.data.copies,
     )
+    if hasattr(source, "shared_by"):
+        source.shared_by(1)
+    return cache
 
 
 def cache_directory(config: ConfigDict, workdir: WorkDir, mark: str) -> Any:
