@@ -200,6 +200,14 @@ def test_a_checkpoint_that_one_process_cannot_write_ends_all(tmp_path: Path, ful
     assert checkpoints(tmp_path) == [6]
 
 
+@pytest.mark.slow
+def test_processes_with_other_configurations_do_not_begin(tmp_path: Path) -> None:
+    job = Job(tmp_path, 2, 1, "train", tmp_path / "run", TEST_FLAGS_1="--config.optimizer.learning_rate=0.5")
+    assert job.codes(BOUND) == [2, 2], [log.read_text()[-3000:] for log in job.logs]
+    assert "process 1 of 2 has optimizer.learning_rate=0.5, and process 0 optimizer.learning_rate=" in job.last_line(0)
+    assert not (tmp_path / "run").exists()
+
+
 DEVICES = 4
 MESHES = {"data": "4-1", "fsdp": "1-4", "mixed": "2-2"}
 KINDS = ("autoencoder", "moments")

@@ -94,10 +94,12 @@ def stage(workdir: str, fsdp: str) -> int:
 
 
 def front_door(address: str, number: str, which: str, workdir: str, *overrides: str) -> int:
+    """With TEST_FLAGS_P process P has further flags."""
     from ldm_jax import train
 
     group = [] if address == "-" else ["--coordinator", address, "--num-processes", number, "--process-id", which]
     sys.argv = ["train", "--config", "tests/tiny_run.py", "--workdir", workdir, *group, *overrides]
+    sys.argv += os.environ.get(f"TEST_FLAGS_{which}", "").split()
     return train.main()
 
 
