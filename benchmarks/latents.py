@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_jax.data.latents import CacheWriter, LatentCache
+from ldm_jax.data.latents import CacheWriter, LatentCache, begin
 from ldm_jax.data.pipeline import Batches
 
 
 def write_cache(directory: Path, num: int, shard_size: int, shape: tuple[int, int, int], dtype: str) -> LatentCache:
     """A cache of random moments [h, w, 2c] with captions and labels."""
-    writer = CacheWriter(directory, {"fingerprint": "benchmark"}, num, shard_size)
+    writer = CacheWriter(directory, begin(directory, {"fingerprint": "benchmark"}, num, shard_size))
     rng = np.random.default_rng(0)
     for shard in writer.missing_shards():
         with writer.shard(shard) as add:

@@ -261,7 +261,7 @@ def base() -> ConfigDict:
                 "held_out": 200,  # prompts with colour-shape pairs never seen
                 "guidance": (1.0, 2.0, 3.0, 4.0, 6.0),  # tried on other prompts; the best is reported
                 "guidance_prompts": 48,
-                "every": 0,  # updates between evaluations while training (evaluations/*.json), by the first EMA; 0: none
+                "every": 0,  # updates between evaluations while training (evaluations/*.json), each after a checkpoint; 0: none
                 "examples": 256,  # held-out examples that losses are measured on
                 "path": "",  # their data.path, ...
                 "split": "",  # ... or data.split; drawn scenes need neither

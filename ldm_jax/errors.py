@@ -8,7 +8,7 @@ class UserError(Exception):
 
 
 class TrainingFailed(Exception):
-    """The run cannot go on (losses that are not finite); a front door prints it on one line and exits with 1."""
+    """The run cannot go on (losses that are not finite, storage that does not answer); a front door prints one line and exits with 1."""
 
 
 class NotJoined(Exception):

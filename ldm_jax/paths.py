@@ -89,15 +89,17 @@ def reported(what: str, path: Anywhere) -> Iterator[None]:
         yield
     except Exception as error:  # gcsfs has no class of its errors: they are plain ones, and those of the packages below it
         package = type(error).__module__.partition(".")[0]
-        if not (isinstance(error, OSError) or package in _CLIENTS) or package in _CONNECTIONS or _passes(error):
+        if not (isinstance(error, OSError) or package in _CLIENTS) or passes(error):
             raise
         raise UserError(f"cannot {what} {path}: {_reason(error, path)}") from error
 
 
-def _passes(error: Exception) -> bool:
+def passes(error: Exception) -> bool:
+    """Whether an error is of a connection, or of a storage that is busy, and may be gone the next time."""
     code = getattr(error, "code", None)  # of HTTP
     return (
-        isinstance(error, TimeoutError)
+        isinstance(error, TimeoutError | ConnectionError)
+        or type(error).__module__.partition(".")[0] in _CONNECTIONS
         or getattr(error, "retryable", False)
         or (isinstance(code, int) and (code in (408, 429) or code >= 500))
     )

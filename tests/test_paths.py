@@ -16,7 +16,7 @@ import pytest
 from ldm_jax import paths
 from ldm_jax.config import UserError, WorkDir
 from ldm_jax.data.kept import kept
-from ldm_jax.data.latents import CacheWriter, LatentCache, is_complete
+from ldm_jax.data.latents import CacheWriter, LatentCache, begin, is_complete
 from ldm_jax.data.sources import open_data
 from ldm_jax.defaults import base
 from ldm_jax.evaluation import parts
@@ -212,7 +212,7 @@ def test_latents_on_object_storage(storage: Storage, tmp_path: Path, monkeypatch
     directory, copies = f"{GS}/latents/mark", str(tmp_path / "copies")
 
     def writer() -> CacheWriter:
-        return CacheWriter(directory, {"fingerprint": "mark"}, 10, shard_size=4)
+        return CacheWriter(directory, begin(directory, {"fingerprint": "mark"}, 10, shard_size=4))
 
     write_shards(writer(), [0, 2])
     with pytest.raises(RuntimeError), writer().shard(1) as add:
@@ -242,6 +242,16 @@ def test_latents_on_object_storage(storage: Storage, tmp_path: Path, monkeypatch
     fetched = {request for request in storage.requests[before:] if "/download/" in request and "array_record" in request}
     assert len(fetched) == 1 and "shard-00001" in fetched.pop()
     assert sorted(os.listdir(tmp_path / "copies" / "mark")) == [".lock", *(f"shard-0000{i}-of-00003.array_record" for i in range(3))]
+
+
+def test_latents_on_object_storage_begun_with_other_shards(storage: Storage, tmp_path: Path) -> None:
+    directory = f"{GS}/latents/other"
+    write_shards(CacheWriter(directory, begin(directory, {"fingerprint": "mark"}, 100, 40)), [1])
+    writer = CacheWriter(directory, begin(directory, {"fingerprint": "mark"}, 100, 36))
+    assert writer.missing_shards() == [0, 2]
+    write_shards(writer, [0, 2])
+    writer.finish()
+    assert [record["label"] for record in LatentCache(directory, "mark", str(tmp_path)).read(range(100))] == list(range(100))
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,17 @@ def test_a_stop_while_one_process_works_alone_is_heard_by_all(tmp_path: Path, vi
 
 
 @pytest.mark.slow
+def test_a_stop_during_an_evaluation_is_heard_by_all_between_two_batches(tmp_path: Path) -> None:
+    job = Job(tmp_path, 2, 1, "stage", tmp_path, 2, TEST_EVALUATE="1")
+    job.signal(1, signal.SIGTERM, (tmp_path / "evaluating").exists)
+    assert job.codes(BOUND) == [75, 75], [log.read_text()[-3000:] for log in job.logs]
+    assert {job.last_line(which) for which in (0, 1)} == {
+        "stopped at step 5 with a complete checkpoint; the same command goes on from there"
+    }
+    assert checkpoints(tmp_path) == [5] and not (tmp_path / "evaluations").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [0, 1])
 def test_an_error_in_one_process_ends_all_with_its_reason(tmp_path: Path, broken: int) -> None:
     job = Job(tmp_path, 2, 1, "stage", tmp_path, 1, TEST_FAIL_AT=f"{broken}:5")
@@ -233,6 +244,26 @@ def test_an_interrupt_that_waits_for_no_checkpoint_ends_all(tmp_path: Path, vict
     assert job.codes(BOUND) == [130, 130], [log.read_text()[-3000:] for log in job.logs]
     assert job.last_line(victim) == "interrupted"
     assert job.last_line(1 - victim) == f"error: process {victim} of 2 has ended: interrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_checkpoint_that_one_process_cannot_write_ends_all(tmp_path: Path, full: int) -> None:
+    """Soon, and not when a barrier of Orbax gives up after 20 minutes."""
+    job = Job(tmp_path, 2, 1, "stage", tmp_path, 2, TEST_FULL_AT=f"{full}:8", TEST_PAUSE="0.3")
+    assert job.codes(BOUND) == [2, 2], [log.read_text()[-3000:] for log in job.logs]
+    reason = f"no disk space left for checkpoints in {tmp_path}/checkpoints"
+    assert job.last_line(full).startswith(f"error: {reason}")
+    assert job.last_line(1 - full).startswith(f"error: process {full} of 2 has ended: {reason}")
+    assert checkpoints(tmp_path) == [6]
+
+
+@pytest.mark.slow
+def test_processes_with_other_configurations_do_not_begin(tmp_path: Path) -> None:
+    job = Job(tmp_path, 2, 1, "train", tmp_path / "run", TEST_FLAGS_1="--config.optimizer.learning_rate=0.5")
+    assert job.codes(BOUND) == [2, 2], [log.read_text()[-3000:] for log in job.logs]
+    assert "process 1 of 2 has optimizer.learning_rate=0.5, and process 0 optimizer.learning_rate=" in job.last_line(0)
+    assert not (tmp_path / "run").exists()
 
 
 DEVICES = 4

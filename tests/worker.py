@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,12 @@ def updates(out: str, *names: str) -> int:
 
 def stage(workdir: str, fsdp: str) -> int:
     """With TEST_FAIL_AT=P:STEP process P finds its data broken there, with TEST_HANG_AT=P:STEP it waits for them for ever, and TEST_STALL
-    seconds are the limit; with TEST_PAUSE each batch takes that many seconds to draw, with TEST_SLOW each preview; with TEST_ALONE process
-    0 is alone at work afterwards, and says so by the file WORKDIR/alone."""
+    seconds are the limit; with TEST_PAUSE each batch takes that many seconds to draw, with TEST_SLOW each preview;
+    with TEST_EVALUATE an evaluation after 5 updates takes 600 batches of a second, and says so by the file WORKDIR/evaluating;
+    with TEST_FULL_AT=P:STEP process P cannot write large files from there on, and the state is large; with TEST_ALONE process 0 is alone at
+    work afterwards, and says so by the file WORKDIR/alone."""
+    import resource
+
     import jax
     import numpy as np
 
@@ -55,10 +60,13 @@ def stage(workdir: str, fsdp: str) -> int:
     config.optimizer.update(learning_rate=0.1)
     config.checkpoint.update(every=6)
     config.train.stall_after = float(os.environ.get("TEST_STALL", "0"))
+    full = os.environ.get("TEST_FULL_AT", "")
 
     def draw(step: int) -> None:
-        time.sleep(float(os.environ.get("TEST_PAUSE", "0")))
         here = f"{jax.process_index()}:{step}"
+        if here == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+        time.sleep(float(os.environ.get("TEST_PAUSE", "0")))
         if here == os.environ.get("TEST_HANG_AT"):
             time.sleep(LONG)
         if here == os.environ.get("TEST_FAIL_AT"):
@@ -73,9 +81,19 @@ def stage(workdir: str, fsdp: str) -> int:
         (Path(workdir) / "alone").touch()
         time.sleep(float(os.environ["TEST_ALONE"]))
 
+    def evaluate(state: Any, between: Callable[[], None]) -> dict[str, float]:
+        (Path(workdir) / "evaluating").touch()
+        for _ in range(600):
+            between()
+            time.sleep(1 + 0.3 * jax.process_index())
+        return {}
+
+    config.evaluate.every = 5 if "TEST_EVALUATE" in os.environ else 0
+    line = SlowStage(config, Numbers(), draw, width=200_000 if full else 64)
+    line.evaluate = evaluate  # type: ignore[attr-defined]
     try:
         with stopping_at_once():
-            state = loop.train(SlowStage(config, Numbers(), draw, width=64), WorkDir(workdir), make_mesh(-1, int(fsdp)))
+            state = loop.train(line, WorkDir(workdir), make_mesh(-1, int(fsdp)))
             if "TEST_ALONE" in os.environ:
                 from_first(work_alone)
     except loop.Stopped as stop:
@@ -148,10 +166,12 @@ def signals(ready: str, *kinds: str) -> int:
 
 
 def front_door(address: str, number: str, which: str, workdir: str, *overrides: str) -> int:
+    """With TEST_FLAGS_P process P has further flags."""
     from ldm_jax import train
 
     group = [] if address == "-" else ["--coordinator", address, "--num-processes", number, "--process-id", which]
     sys.argv = ["train", "--config", "tests/tiny_run.py", "--workdir", workdir, *group, *overrides]
+    sys.argv += os.environ.get(f"TEST_FLAGS_{which}", "").split()
     return train.main()
 
 

@@ -78,12 +78,17 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike[str], max_length: int) -> "Tokenizer":
         """A file that holds what `to_json` gives. Raises UserError where it is missing or damaged."""
         try:
-            return cls(tokenizers.Tokenizer.from_str(resolve(path).read_text()), max_length)
+            return cls.from_json(resolve(path).read_text(), max_length)
         except Exception as error:
             # `tokenizers` raises a plain `Exception` for text that is no tokenizer: no narrower clause would catch it.
             if type(error) is not Exception and not isinstance(error, OSError | ValueError):
                 raise
             raise UserError(f"cannot read the tokenizer {path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str, max_length: int) -> "Tokenizer":
+        """The inverse of `to_json`."""
+        return cls(tokenizers.Tokenizer.from_str(text), max_length)
 
     def padded_with(self, token: str | int | None) -> "Tokenizer":
         """The same with another padding token, given as text or id; None, or one that there is not, leaves it."""

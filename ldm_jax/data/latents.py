@@ -78,37 +78,49 @@ def is_complete(directory: str | Path, fingerprint: str) -> bool:
     return meta is not None and meta.get("fingerprint") == fingerprint
 
 
-class CacheWriter:
-    """Writes a cache shard by shard; run again after a stop, it writes only what is missing.
-
-    Every host makes a writer, writes the shards that `missing_shards` gives it, and after all hosts are done one of
-    them calls `finish`.
+def begin(directory: str | Path, meta: dict[str, Any], num_examples: int, shard_size: int = 4096) -> dict[str, Any]:
+    """The header of a cache: the one that is there, or one that is written now. To be called by one host alone.
 
     Args:
         directory: of the cache, on a file system or gs://; made where it is missing.
         meta: JSON values kept with the cache; `fingerprint` is required, `flips` (False) says that each example is
             stored twice, as it is and mirrored.
         num_examples: examples of the source.
-        shard_size: examples in a shard.
+        shard_size: examples in a shard of a cache that is begun now; one that was begun before keeps its own.
 
     Raises:
         UserError: the directory holds another cache, or cannot be written.
     """
+    root = paths.resolve(directory)
+    made = {**meta, "num_examples": num_examples, "flips": meta.get("flips", False), "format": FORMAT_VERSION}
+    with _reporting_disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+    header = _read_json(root / HEADER)
+    if header is None:
+        header = made | {"shard_size": shard_size, "num_shards": -(-num_examples // shard_size)}
+        paths.write_json(root / HEADER, header)
+    elif header.get("fingerprint") != meta["fingerprint"]:
+        raise _stale(root, header.get("fingerprint"), meta["fingerprint"])
+    elif different := sorted(name for name, value in made.items() if header.get(name) != value):
+        name = different[0]
+        raise UserError(
+            f"the latent cache {root} was begun with {name}={header.get(name)}, and now it is {made[name]}: give another data.latents or"
+            " delete it"
+        )
+    return header
 
-    def __init__(self, directory: str | Path, meta: dict[str, Any], num_examples: int, shard_size: int = 4096) -> None:
-        self.directory = paths.resolve(directory)
-        self.views = 2 if meta.get("flips", False) else 1
-        self.num_examples, self.shard_size = num_examples, shard_size
-        self.num_shards = -(-num_examples // shard_size)
-        sizes = {"num_examples": num_examples, "shard_size": shard_size, "num_shards": self.num_shards}
-        self.meta = {**meta, **sizes, "flips": self.views == 2, "format": FORMAT_VERSION}
-        with _reporting_disk_errors(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-        header = _read_json(self.directory / HEADER)
-        if header is not None and header.get("fingerprint") != meta["fingerprint"]:
-            raise _stale(self.directory, header.get("fingerprint"), meta["fingerprint"])
-        if header != self.meta:  # written once: every host comes here
-            paths.write_json(self.directory / HEADER, self.meta)
+
+class CacheWriter:
+    """Writes a cache shard by shard; run again after a stop, it writes only what is missing.
+
+    Every host makes a writer with the `header` that one of them has from `begin`, writes the shards that `missing_shards` gives it, and
+    after all hosts are done one of them calls `finish`.
+    """
+
+    def __init__(self, directory: str | Path, header: dict[str, Any]) -> None:
+        self.directory, self.meta = paths.resolve(directory), header
+        self.views = 2 if header["flips"] else 1
+        self.num_examples, self.shard_size, self.num_shards = (header[name] for name in ("num_examples", "shard_size", "num_shards"))
 
     def examples(self, shard: int) -> range:
         """Indices of the examples that a shard holds."""
@@ -158,13 +170,16 @@ class CacheWriter:
                 raise ValueError(f"shard {shard} takes {expected} examples (views included), {added} were added")
             paths.commit(temporary, final)
 
-    def finish(self) -> None:
+    def finish(self, missing: Sequence[int] | None = None) -> None:
         """Marks the cache as complete, and removes what killed writers left: what another run is writing just now is younger.
+
+        Args:
+            missing: the shards that are, as each host has found of its own; None: looked for here, where other hosts' may not be seen yet.
 
         Raises:
             ValueError: shards are missing.
         """
-        missing = self.missing_shards()
+        missing = self.missing_shards() if missing is None else missing
         if missing:
             raise ValueError(f"{self.directory}: {len(missing)} shards are not written, the first is {missing[0]}")
         for leftover in [] if paths.is_remote(self.directory) else Path(self.directory).glob(".*.tmp"):

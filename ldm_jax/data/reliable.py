@@ -1,5 +1,6 @@
 """Sources over other sources: what they have in common, and the one that replaces broken examples."""
 
+import math
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -46,6 +47,11 @@ class Layer:
     def fingerprint(self) -> str:
         return self.below.fingerprint()
 
+    def shared_by(self, processes: int) -> None:
+        """Says that from now on each of so many processes reads a share of its own, or (1) that all read everything."""
+        if hasattr(self.below, "shared_by"):
+            self.below.shared_by(processes)
+
 
 class Reliable(Layer):
     """A source whose broken examples are replaced by the next good one, wrapping around at the end.
@@ -59,7 +65,8 @@ class Reliable(Layer):
         max_broken: the share of the source that may be broken, in [0, 1].
 
     Raises:
-        UserError: on reading, where more than that share have turned out to be broken, or all.
+        UserError: on reading, where more than that share have turned out to be broken, or all. Of processes that share the source each
+            may meet its part of them, rounded up.
     """
 
     def __init__(self, source: Source, log_path: Path | None = None, max_broken: float = 1.0) -> None:
@@ -69,6 +76,7 @@ class Reliable(Layer):
         self._log_path, self._max_broken = log_path, max_broken
         self._lock = threading.Lock()
         self.broken: set[int] = set()
+        self._processes = 1
         self._logged: set[int] = set()
         if log_path is not None and log_path.exists():
             first_columns = (line.split("\t")[0] for line in log_path.read_text(encoding="utf-8").splitlines())
@@ -76,6 +84,9 @@ class Reliable(Layer):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._first_good(index, self.below.__getitem__, self.broken)
+
+    def shared_by(self, processes: int) -> None:
+        self._processes = processes
 
     def caption(self, index: int) -> Any:
         return self._first_good(index, super().caption)  # whatever of the pictures has been read before
@@ -102,8 +113,9 @@ class Reliable(Layer):
             if self._log_path is not None and index not in self._logged:
                 self._logged.add(index)
                 append(self._log_path, broken_line(index, self.name(index), error))
-            if len(self.broken) > self._max_broken * len(self):
-                raise UserError(broken_message(len(self.broken), len(self), self._max_broken, self.name(min(self.broken))) + self._where())
+            size = -(-len(self) // self._processes)
+            if len(self.broken) > math.ceil(self._max_broken * size) or len(self.broken) > self._max_broken * len(self):
+                raise UserError(broken_message(len(self.broken), size, self._max_broken, self.name(min(self.broken))) + self._where())
 
     def _where(self) -> str:
         return "" if self._log_path is None else f"; the reasons are in {self._log_path}"

@@ -52,7 +52,7 @@ class AutoencoderStage:
     name = "first stage"
 
     initial: dict[str, Any] | None = None
-    evaluation: Callable[[Callable[[np.ndarray], np.ndarray]], dict[str, float]] | None = None
+    evaluation: Callable[[Callable[[np.ndarray], np.ndarray], Callable[[], None]], dict[str, float]] | None = None
 
     def __init__(self, config: ConfigDict, source: Source, perceptual: Any = None) -> None:
         group, self.config, self.source = config.first_stage, config, source
@@ -222,14 +222,14 @@ class AutoencoderStage:
         indices = np.arange(min(16, len(self.source)))
         return stack([{"image": self.source[int(i)]["image"]} for i in indices])["image"]
 
-    def evaluate(self, state: State) -> dict[str, float]:
+    def evaluate(self, state: State, between: Callable[[], None]) -> dict[str, float]:
         """What `evaluation` finds of reconstructions by the averaged weights."""
         if self.evaluation is None:
             return {}
         with jax.transfer_guard("allow"):
             params = self.autoencoder(on_host(state.ema[str(self.config.ema.decays[0])]))
             with jax.set_mesh(make_mesh(devices=jax.local_devices())):
-                return self.evaluation(lambda images: np.asarray(self._reconstruct(params, images)))
+                return self.evaluation(lambda images: np.asarray(self._reconstruct(params, images)), between)
 
     def preview(self, state: State) -> tuple[np.ndarray, int, list[str] | None]:
         """Pictures and their reconstructions side by side by the EMA weights: (uint8 [N,H,W,3], columns, captions)."""

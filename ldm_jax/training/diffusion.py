@@ -70,7 +70,7 @@ class DiffusionStage:
     name = "denoiser"
     initial: Params | None = None
     remarks: tuple[str, ...] = ()
-    evaluation: Callable[[LatentDiffusion], dict[str, float]] | None = None
+    evaluation: Callable[[LatentDiffusion, Callable[[], None]], dict[str, float]] | None = None
 
     def __init__(
         self,
@@ -261,12 +261,12 @@ class DiffusionStage:
         """The model of some (EMA) parameters, for sampling and for `model/`."""
         return LatentDiffusion(self.first_stage, self.denoiser, {"first_stage": self.first_stage_params, **params}, info)
 
-    def evaluate(self, state: State) -> dict[str, float]:
+    def evaluate(self, state: State, between: Callable[[], None]) -> dict[str, float]:
         """What `evaluation` finds of the averaged weights."""
         if self.evaluation is None:
             return {}
         params = on_host(state.ema[str(self.config.ema.decays[0])])
-        return self.evaluation(self.model(params, model_info(self.config, int(state.step))))
+        return self.evaluation(self.model(params, model_info(self.config, int(state.step))), between)
 
 
 def model_info(config: ConfigDict, step: int) -> dict[str, Any]:

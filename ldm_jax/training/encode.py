@@ -12,17 +12,17 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ldm_jax.config import WorkDir
-from ldm_jax.data.latents import CacheWriter, LatentCache, cache_fingerprint, is_complete, weights_fingerprint
+from ldm_jax.data.latents import CacheWriter, LatentCache, begin, cache_fingerprint, is_complete, weights_fingerprint
 from ldm_jax.data.pipeline import Batches, read_ahead, stack
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import mirror
 from ldm_jax.model_directory import Params
 from ldm_jax.paths import resolve
 from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated, split_host_arrays
-from ldm_jax.sharding.processes import from_first, wait_for_all
+from ldm_jax.sharding.processes import exchange, from_first
 from ldm_jax.stages import FirstStage, compute_dtype, to_float
 
-_SHARD = 4096  # examples
+_SHARD = 4096  # examples, whatever the batch and the devices that encode them: those may change before the cache is complete
 Make = Callable[[range, int], Generator[dict[str, Any], None, None]]
 MEASURED = ("std", "channel")  # kinds of scale that are of the statistics of the latents, and no number
 
@@ -90,16 +90,20 @@ def fingerprint(config: ConfigDict, weights: str, source: Source) -> str:
 def ensure_cache(config: ConfigDict, workdir: WorkDir, encoder: Encoder, source: Source) -> LatentCache:
     """The latent cache of a run, encoded now where it is missing or unfinished. Raises UserError."""
     mark = fingerprint(config, encoder.fingerprint, source)
-    size = max(_SHARD // encoder.batch_size, 1) * encoder.batch_size
     meta = {"flips": config.data.flip, "buckets": [list(bucket) for bucket in getattr(source, "buckets", ())]}
-    return ensure_written(
+    if hasattr(source, "shared_by"):  # each process encodes shards of its own
+        source.shared_by(jax.process_count())
+    cache = ensure_written(
         cache_directory(config, workdir, mark),
         {"fingerprint": mark, **meta},
         len(source),
-        size,
+        _SHARD,
         lambda examples, views: encoded(encoder, source, examples, views, config.data.workers),
         config.data.copies,
     )
+    if hasattr(source, "shared_by"):
+        source.shared_by(1)
+    return cache
 
 
 def cache_directory(config: ConfigDict, workdir: WorkDir, mark: str) -> Any:
@@ -115,7 +119,7 @@ def ensure_written(directory: Any, meta: dict[str, Any], number: int, shard_size
     """
     mark = meta["fingerprint"]
     if not from_first(lambda: is_complete(directory, mark)):
-        writer = CacheWriter(directory, meta, number, shard_size)
+        writer = CacheWriter(directory, from_first(lambda: begin(directory, meta, number, shard_size)))
         missing = writer.missing_shards(jax.process_index(), jax.process_count())
         total = sum(len(writer.examples(shard)) for shard in missing)
         with tqdm(total=total, desc="encode", unit="example", mininterval=5, disable=jax.process_index() > 0) as bar:
@@ -124,8 +128,9 @@ def ensure_written(directory: Any, meta: dict[str, Any], number: int, shard_size
                     for count, example in enumerate(made, 1):
                         add(example)
                         bar.update(count % writer.views == 0)
-        wait_for_all()
-        from_first(writer.finish)
+        own = exchange(writer.missing_shards(jax.process_index(), jax.process_count()))
+        left = [shard for shards in own for shard in shards]
+        from_first(lambda: writer.finish(left))
     return LatentCache(directory, mark, copies)
 
 

@@ -1,9 +1,12 @@
 """Evaluation while a stage trains (`evaluate.every`): by the averaged weights, on pictures that it is not trained on.
 
 Nothing here touches the state, the order of the data or the random numbers of training, so the weights of a run are the same with it.
+
+An evaluation calls `between` before each batch, which raises where the run is to stop. The batches are the same in all processes, so that
+all leave at the same one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -37,6 +40,7 @@ _SEED = 0  # of the noise of held-out examples
 
 Example = dict[str, Any]
 Scores = dict[str, float]
+Between = Callable[[], None]
 
 
 def held_out_examples(config: ConfigDict, workdir: WorkDir, source: Source) -> list[Example]:
@@ -64,7 +68,12 @@ def _losses(denoiser: Denoiser, loss: DiffusionLoss, params: Any, x0: jax.Array,
 
 
 def losses_by_time(
-    model: LatentDiffusion, loss: DiffusionLoss, latents: np.ndarray, examples: Sequence[Example], buckets: int = BUCKETS
+    model: LatentDiffusion,
+    loss: DiffusionLoss,
+    latents: np.ndarray,
+    examples: Sequence[Example],
+    buckets: int = BUCKETS,
+    between: Between = lambda: None,
 ) -> np.ndarray:
     """The mean loss of examples in each of equal parts of the way to noise, least noisy first, float64 [buckets].
 
@@ -83,6 +92,7 @@ def losses_by_time(
         given = {name: [examples[i][name] for i in index] for name in model.inputs}
         x0, noise, arrays = latents[index], initial_noise(_SEED, index, latents.shape[1:]), model.prepare(given)
         for bucket in range(buckets):
+            between()
             t = denoiser.process.time_at(jnp.asarray((bucket + (index + 0.5) / number) / buckets, jnp.float32))
             values = np.asarray(_losses(denoiser, loss, model.params, x0, noise, t, arrays), np.float64)
             sums[bucket] += values[: number - start].sum()
@@ -91,6 +101,8 @@ def losses_by_time(
 
 class DenoiserEvaluation:
     """Of stage 2: held-out loss by time, samples against training pictures, and on drawn scenes whether conditions are obeyed.
+
+    The training pictures are measured here, before training begins: a stop in between loses nothing.
 
     Raises UserError where held-out data or weights cannot be read.
     """
@@ -102,18 +114,18 @@ class DenoiserEvaluation:
         self.examples = held_out_examples(config, workdir, source)
         self._latents: np.ndarray | None = None
         self._measure = _measuring(self.extractors)
+        self._reference = self._measured_training()
 
-    def __call__(self, model: LatentDiffusion) -> Scores:
+    def __call__(self, model: LatentDiffusion, between: Between = lambda: None) -> Scores:
         found: Scores = {}
         with jax.transfer_guard("allow"), jax.set_mesh(model.mesh):
             if self.examples:
                 if self._latents is None:
-                    self._latents = _encoded(model, self.examples)
-                losses = losses_by_time(model, self.loss, self._latents, self.examples)
+                    self._latents = _encoded(model, self.examples, between)
+                losses = losses_by_time(model, self.loss, self._latents, self.examples, between=between)
                 found |= {"held_out/loss": float(losses.mean()), **{f"held_out/loss/t{i}": float(v) for i, v in enumerate(losses)}}
             told = self._told(model)
-            inputs: Any = {name: [example[name] for example in told] for name in model.inputs}
-            images = model.sample(num=len(told), seed=_SEED, **inputs)
+            images = _drawn(model, told, between)
             found |= self._against_training(images)
             if self.config.data.source == "shapes":
                 found |= _obedience(model, images, told)
@@ -136,8 +148,7 @@ class DenoiserEvaluation:
         squares.data.buckets = ()
         return open_source(squares, self.workdir)
 
-    @cached_property
-    def _reference(self) -> Any:
+    def _measured_training(self) -> Any:
         pictures = DataPictures(open_pictures_alone(self.config, self.workdir), {}, _REFERENCE, self.config.data.workers)
         # By what it is of: weights may be given when a run goes on, that were not there before.
         weights = "-".join(extractor.weights[:8] for extractor in self.extractors if extractor.weights)
@@ -155,11 +166,28 @@ class DenoiserEvaluation:
         return found
 
 
-def _encoded(model: LatentDiffusion, examples: Sequence[Example]) -> np.ndarray:
+def _drawn(model: LatentDiffusion, told: Sequence[Example], between: Between) -> np.ndarray:
+    """A sample of each, uint8 [N,H,W,3], in batches of the model's own size."""
+    size, drawn = min(model.info["sample"]["batch_size"], len(told)), []
+    for start in range(0, len(told), size):
+        between()
+        part = [told[min(i, len(told) - 1)] for i in range(start, start + size)]  # the last batch is filled up
+        inputs: Any = {name: [example[name] for example in part] for name in model.inputs}
+        drawn.append(model.sample(num=size, seed=_SEED, first=start, **inputs))
+    return np.concatenate(drawn)[: len(told)]
+
+
+def _encoded(model: LatentDiffusion, examples: Sequence[Example], between: Between) -> np.ndarray:
     """The modes of the examples' latents, float32 [N,h,w,c]."""
     images = np.stack([example["image"] for example in examples])
-    filled = [images[np.minimum(np.arange(start, start + _BATCH), len(images) - 1)] for start in range(0, len(images), _BATCH)]
-    return np.concatenate([model.encode(batch) for batch in filled])[: len(images)]
+    return np.concatenate([model.encode(batch) for batch in _batches(images, between)])[: len(images)]
+
+
+def _batches(images: np.ndarray, between: Between) -> Iterator[np.ndarray]:
+    """Batches of one size, the last one filled up."""
+    for start in range(0, len(images), _BATCH):
+        between()
+        yield images[np.minimum(np.arange(start, start + _BATCH), len(images) - 1)]
 
 
 def _measuring(extractors: Sequence[Extractor]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
@@ -192,11 +220,10 @@ class AutoencoderEvaluation:
         self.images = np.stack([example["image"] for example in examples]) if examples else None
         self._measure = _measuring([pair_extractor(perceptual or None, "")])
 
-    def __call__(self, reconstruct: Any) -> Scores:
+    def __call__(self, reconstruct: Any, between: Between = lambda: None) -> Scores:
         """`reconstruct`: uint8 [N,H,W,3] to what the autoencoder makes of them."""
         if self.images is None:
             return {}
-        filled = [self.images[np.minimum(np.arange(i, i + _BATCH), len(self.images) - 1)] for i in range(0, len(self.images), _BATCH)]
-        made = np.concatenate([reconstruct(batch) for batch in filled])[: len(self.images)]
+        made = np.concatenate([reconstruct(batch) for batch in _batches(self.images, between)])[: len(self.images)]
         found = self._measure(np.concatenate([self.images, made], axis=-1))
         return {f"held_out/{name}": float(values.mean()) for name, values in found.items()}

@@ -1,8 +1,8 @@
 """The training loop of both stages.
 
 The order of things in one turn, which resuming relies on:
-  1. a checkpoint, if one is due or a stop was asked for, before the next batch is drawn;
-  2. the preview, if one is due (step 0 included);
+  1. a checkpoint, if one or an evaluation is due, or a stop was asked for, before the next batch is drawn;
+  2. the preview, if one is due (step 0 included), and the evaluation;
   3. the batch of this step, a function of (seed, step);
   4. the update, started and not waited for;
   5. the metrics of the update before, fetched and written while this one runs.
@@ -30,7 +30,7 @@ from ldm_jax.errors import Stopped, TrainingFailed
 from ldm_jax.paths import make_directory, write_json
 from ldm_jax.sharding.chips import find_chip
 from ldm_jax.sharding.mesh import batch_sharding, check_batch, local_rows, replicated, to_global
-from ldm_jax.sharding.processes import from_first
+from ldm_jax.sharding.processes import exchange, from_first
 from ldm_jax.sharding.rules import from_config, shardings
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.flops import count_flops
@@ -66,8 +66,8 @@ class Stage(Protocol):
         """(images uint8 [N,H,W,3], columns of the grid, captions)."""
         ...
 
-    def evaluate(self, state: State) -> dict[str, float]:
-        """Scores on what the stage is not trained on."""
+    def evaluate(self, state: State, between: Callable[[], None]) -> dict[str, float]:
+        """Scores on what the stage is not trained on; `between` is called before each batch, and raises where the run is to stop."""
         ...
 
     def notes(self) -> Iterator[str]: ...
@@ -202,18 +202,19 @@ class _Run:
             self._evaluate(state, total)
 
     def _between(self, state: State, step: int) -> None:
-        """Checkpoint and preview before the batch of `step` is drawn."""
-        stopping = self.signals.stops_before(step)
-        if self.checkpoints.due(step) or stopping:
+        """Checkpoint, preview and evaluation before the batch of `step` is drawn."""
+        stopping, every = self.signals.stops_before(step), self.config.evaluate.every
+        evaluates = step > 0 and every > 0 and step % every == 0  # which takes long, so that a checkpoint comes before it
+        if self.checkpoints.due(step) or stopping or evaluates or self.checkpoints.failed:
             self._check_finite(state)
             with self._pause(state):
                 self.save(step, state, wait=stopping)
         if stopping:
-            raise Stopped(f"stopped at step {step} with a complete checkpoint; the same command goes on from there")
+            raise _stopped_at(step)
         if step % self.config.sample.every == 0:
             with self._pause(state):
                 self._preview(state, step)
-        if step and self.config.evaluate.every and step % self.config.evaluate.every == 0:
+        if evaluates:
             with self._pause(state):
                 self._evaluate(state, step)
 
@@ -239,13 +240,19 @@ class _Run:
         found = from_first(lambda: json.loads(path.read_text()) if path.exists() else None)  # of before a restart, cut from the metrics
         if found is None:
             with self.signals.paused():
-                scores = self.stage.evaluate(state)
+                scores = self.stage.evaluate(state, lambda: self._stop_if_asked(state, step))
             found = {"step": step, **{name: value if math.isfinite(value) else None for name, value in scores.items()}}
             if jax.process_index() == 0:
                 make_directory(path.parent)
                 write_json(path, found)
         known = {name: value for name, value in found.items() if name != "step" and value is not None}
         self.writer.write(step, {f"evaluation/{name}": value for name, value in known.items()})
+
+    def _stop_if_asked(self, state: State, step: int) -> None:
+        """Of an evaluation after `step` updates, asked by all processes together: it is begun anew when the run goes on."""
+        if any(exchange(self.signals.requested)):
+            self.save(step, state, wait=True)
+            raise _stopped_at(step)
 
     @contextmanager
     def _compiling(self, program: tuple[Any, ...], state: State, batch: Mapping[str, Any]) -> Iterator[None]:
@@ -308,6 +315,10 @@ class _Run:
             mininterval=0.2 if sys.stderr.isatty() else 15,
             disable=jax.process_index() > 0,
         )
+
+
+def _stopped_at(step: int) -> Stopped:
+    return Stopped(f"stopped at step {step} with a complete checkpoint; the same command goes on from there")
 
 
 def step_flops(stage: Stage, batch: Mapping[str, Any], state: State, phase: bool) -> int:

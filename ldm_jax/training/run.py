@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion, load_first_stage
 from ldm_jax.model_directory import Params, find_model, read_info
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.sharding.mesh import check_batch, make_mesh, on_host
-from ldm_jax.sharding.processes import from_first
+from ldm_jax.sharding.processes import exchange, from_first
 from ldm_jax.stages import FirstStage, abstract_params, build_autoencoder, build_denoiser, compute_dtype
 from ldm_jax.training import init_from, loop, optimizer
 from ldm_jax.training.autoencoder import AutoencoderStage
@@ -39,6 +40,7 @@ _TOKENIZER_CAPTIONS = 50_000
 
 def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
     """Trains what `config.task` says in `workdir`, from wherever it stopped, and leaves `model/`. Raises as `loop.train`."""
+    check_same(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     check_batches(config, mesh)
     workdir.check(config)
@@ -59,6 +61,18 @@ def run(config: ConfigDict, workdir: WorkDir, command: list[str]) -> WorkDir:
 def is_complete(workdir: WorkDir, steps: int) -> bool:
     """Whether the run in `workdir` has left the model of at least `steps` updates. Raises UserError where `model.json` is damaged."""
     return from_first(lambda: (workdir.model / "model.json").exists() and read_info(workdir.model).get("step", 0) >= steps)
+
+
+def check_same(config: ConfigDict) -> None:
+    """Raises UserError where processes of a run have other configurations or versions: each would train something else."""
+    said = exchange({**configs.flat(config), **versions()})
+    for process, other in enumerate(said):
+        for name in sorted({*said[0], *other}):
+            if said[0].get(name) != other.get(name):
+                raise UserError(
+                    f"process {process} of {len(said)} has {name}={other.get(name)}, and process 0 {name}={said[0].get(name)}: start all"
+                    " with the same command, code and packages"
+                )
 
 
 def versions() -> dict[str, str]:
@@ -153,6 +167,7 @@ def encode(config: ConfigDict, workdir: WorkDir) -> LatentCache:
     """The latent cache of a run whose first stage is complete. Raises UserError."""
     if config.task != "diffusion":
         raise UserError("a latent cache belongs to a diffusion run (task=diffusion)")
+    check_same(config)
     first_stage, params = fitting_first_stage(config, find_model(config.first_stage.path or str(workdir.first_stage.path)))
     source = open_source(config, workdir)
     return ensure_cache(config, workdir, Encoder(first_stage, params, config.data.encode_batch), source)
@@ -224,9 +239,9 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
     path = workdir.path / "tokenizer.json"
     starts = init_from.starts(config, workdir)
 
-    def settle() -> None:
+    def settle() -> str:
         if path.exists() and not starts:
-            return
+            return Tokenizer.load(path, text.max_length).to_json()
         if starts:
             tokenizer = init_from.initial_tokenizer(config)
         elif text.tokenizer == "train":
@@ -235,18 +250,16 @@ def ensure_tokenizer(config: ConfigDict, workdir: WorkDir, source: Source | Late
         else:
             tokenizer = Tokenizer.pretrained(text.tokenizer, text.max_length)
         paths.write_bytes(path, tokenizer.to_json().encode())
+        return tokenizer.to_json()
 
-    from_first(settle)
-    return Tokenizer.load(path, text.max_length)
+    return Tokenizer.from_json(from_first(settle), text.max_length)
 
 
-def learnt_latents(workdir: WorkDir, stage: FirstStage, weights: str) -> FirstStage:
-    """The first stage with the scale of the latents that the denoiser in `workdir` has learnt; `weights` is its fingerprint.
+def learnt_latents(workdir: WorkDir, stage: FirstStage, weights: str, latents: Mapping[str, Any]) -> FirstStage:
+    """The first stage, of fingerprint `weights`, with the scale of the `latents` that the denoiser in `workdir` has learnt.
 
     Raises UserError where they are those of another first stage.
     """
-    path = _latents_of(workdir)
-    latents: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"first_stage": weights}
     if latents["first_stage"] != weights:
         raise UserError(
             f"the denoiser in {workdir.path} has learnt the latents of another first stage: give that one, or choose another --workdir"
@@ -263,19 +276,20 @@ def settle_latents(config: ConfigDict, workdir: WorkDir, source: Source, model: 
     """The first stage with the scale that the denoiser learns its latents in, for good: its own, or where it has none what
     `first_stage.latent_scale` asks for. Raises as `learnt_latents`."""
 
-    def settle() -> None:
+    def settle() -> dict[str, Any]:
         if _latents_of(workdir).exists():
-            return
+            return json.loads(_latents_of(workdir).read_text())
         shift, scale = stage.shift, stage.scale
         if not has_scale(model):
             kind, mean, std = config.first_stage.latent_scale, np.zeros(1), np.ones(1)
             if kind in MEASURED:
                 mean, std = latent_statistics(encoder, source, config.first_stage.statistics_examples, config.data.workers)
             shift, scale = latent_scale(kind, mean, std)
-        paths.write_json(_latents_of(workdir), {"first_stage": encoder.fingerprint, "shift": shift, "scale": scale})
+        latents = {"first_stage": encoder.fingerprint, "shift": shift, "scale": scale}
+        paths.write_json(_latents_of(workdir), latents)
+        return latents
 
-    from_first(settle)
-    return learnt_latents(workdir, stage, encoder.fingerprint)
+    return learnt_latents(workdir, stage, encoder.fingerprint, from_first(settle))  # told: who looks too soon may not see the file yet
 
 
 def train_denoiser(config: ConfigDict, workdir: WorkDir, source: Source, model: Any, mesh: Mesh) -> None:
@@ -319,7 +333,9 @@ def restore_model(path: str, step: int | None = None, ema: str | None = None, dt
     config.train.dtype = dtype
     first = find_model(config.first_stage.path or str(workdir.first_stage.path))
     first_stage, first_stage_params = load_first_stage(first, compute_dtype(dtype))
-    first_stage = learnt_latents(workdir, first_stage, weights_fingerprint(first_stage_params))
+    weights, file = weights_fingerprint(first_stage_params), _latents_of(workdir)
+    latents = json.loads(file.read_text()) if file.exists() else {"first_stage": weights}  # of a run that has none, the first stage's own
+    first_stage = learnt_latents(workdir, first_stage, weights, latents)
     text = config.conditioning.text
     if not workdir.checkpoints.exists():
         raise UserError(f"{path} has no checkpoint yet")

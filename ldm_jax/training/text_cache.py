@@ -84,9 +84,13 @@ def with_embeddings(config: ConfigDict, workdir: WorkDir, conditioning: Conditio
     conditioner = next(c for c in conditioning.conditioners if isinstance(c, TextConditioner))
     note = workdir.path / "text_encoder.json"
     given = cache(lambda: _weights(config))  # read where they are needed, and once
-    if from_first(lambda: starts or not note.exists()):
-        from_first(lambda: paths.write_json(note, {"weights": given()[1]}))
-    known = json.loads(note.read_text())["weights"]
+
+    def settle() -> str:
+        if starts or not note.exists():
+            paths.write_json(note, {"weights": given()[1]})
+        return json.loads(note.read_text())["weights"]
+
+    known = from_first(settle)
 
     @cache
     def encoder() -> TextEncoder:

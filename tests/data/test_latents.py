@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from ldm_jax.config import UserError
 from ldm_jax.data import latents
-from ldm_jax.data.latents import CacheWriter, LatentCache, cache_fingerprint, is_complete, weights_fingerprint
+from ldm_jax.data.latents import CacheWriter, LatentCache, begin, cache_fingerprint, is_complete, weights_fingerprint
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.data.records import decode_example, encode_example
 
@@ -54,7 +54,7 @@ def write(writer: CacheWriter, shard: int) -> None:
 
 
 def make(directory: Path, num: int = 23, fingerprint: str = "f", flips: bool = False) -> LatentCache:
-    writer = CacheWriter(directory, {"fingerprint": fingerprint, "flips": flips}, num, 5)
+    writer = CacheWriter(directory, begin(directory, {"fingerprint": fingerprint, "flips": flips}, num, 5))
     for shard in writer.missing_shards():
         write(writer, shard)
     writer.finish()
@@ -98,7 +98,7 @@ def test_resume_writes_only_missing_and_damaged_shards(tmp_path: Path) -> None:
     os.utime(tmp_path / f".{shard[3].name}.123.tmp", (0, 0))
     (tmp_path / ".shard-00000-of-00005.array_record.7.tmp").write_bytes(b"what another run is writing")
     untouched = shard[4].stat().st_mtime_ns
-    writer = CacheWriter(tmp_path, {"fingerprint": "f"}, 23, 5)
+    writer = CacheWriter(tmp_path, begin(tmp_path, {"fingerprint": "f"}, 23, 5))
     assert writer.missing_shards() == [0, 1, 2, 3]
     assert writer.missing_shards(1, 2) == [1, 3] and writer.missing_shards(0, 2) == [0, 2]
     with pytest.raises(ValueError, match="4 shards"):
@@ -114,8 +114,21 @@ def test_resume_writes_only_missing_and_damaged_shards(tmp_path: Path) -> None:
 
 def test_shard_with_another_number_of_records_is_redone(tmp_path: Path) -> None:
     make(tmp_path, num=20)
-    assert CacheWriter(tmp_path, {"fingerprint": "f"}, 19, 5).missing_shards() == [3]
-    assert CacheWriter(tmp_path, {"fingerprint": "f", "flips": True}, 20, 5).missing_shards() == [0, 1, 2, 3]
+    make(tmp_path / "other", num=19)
+    name = "shard-00003-of-00004.array_record"
+    (tmp_path / "other" / name).replace(tmp_path / name)
+    assert CacheWriter(tmp_path, begin(tmp_path, {"fingerprint": "f"}, 20, 5)).missing_shards() == [3]
+
+
+def test_a_cache_that_was_begun_keeps_its_sizes(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path, begin(tmp_path, {"fingerprint": "f"}, 23, 5))
+    write(writer, 1)
+    again = CacheWriter(tmp_path, begin(tmp_path, {"fingerprint": "f"}, 23, 7))
+    assert again.meta == writer.meta and again.missing_shards() == [0, 2, 3, 4]
+    with pytest.raises(UserError, match=r"was begun with num_examples=23, and now it is 24: give another data.latents or delete it"):
+        begin(tmp_path, {"fingerprint": "f"}, 24, 5)
+    with pytest.raises(UserError, match=r"was begun with flips=False, and now it is True"):
+        begin(tmp_path, {"fingerprint": "f", "flips": True}, 23, 5)
 
 
 def test_stale_fingerprint_is_refused(tmp_path: Path) -> None:
@@ -124,11 +137,11 @@ def test_stale_fingerprint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"old.*new"):
         LatentCache(tmp_path, "new")
     with pytest.raises(UserError, match=r"old.*new"):
-        CacheWriter(tmp_path, {"fingerprint": "new"}, 23, 5)
+        CacheWriter(tmp_path, begin(tmp_path, {"fingerprint": "new"}, 23, 5))
 
 
 def test_failed_shard_leaves_nothing_behind(tmp_path: Path) -> None:
-    writer = CacheWriter(tmp_path, {"fingerprint": "f"}, 23, 5)
+    writer = CacheWriter(tmp_path, begin(tmp_path, {"fingerprint": "f"}, 23, 5))
     with pytest.raises(ZeroDivisionError), writer.shard(0) as add:
         add(example(0))
         _ = 1 / 0
@@ -138,7 +151,7 @@ def test_failed_shard_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_one_line_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = CacheWriter(tmp_path, {"fingerprint": "f"}, 23, 5)
+    writer = CacheWriter(tmp_path, begin(tmp_path, {"fingerprint": "f"}, 23, 5))
 
     class FullDevice(latents.ArrayRecordWriter):
         def __init__(self, path: str, options: str) -> None:
@@ -172,8 +185,8 @@ def test_damage_inside_a_shard_is_reported(tmp_path: Path) -> None:
 _KILLED_WRITER = """
 import sys
 import numpy as np
-from ldm_jax.data.latents import CacheWriter
-writer = CacheWriter(sys.argv[1], {"fingerprint": "k"}, 4000, 200)
+from ldm_jax.data.latents import CacheWriter, begin
+writer = CacheWriter(sys.argv[1], begin(sys.argv[1], {"fingerprint": "k"}, 4000, 200))
 for shard in writer.missing_shards():
     with writer.shard(shard) as add:
         for index in writer.examples(shard):

@@ -1,6 +1,10 @@
 import errno
 import logging
+import resource
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -11,8 +15,10 @@ import pytest
 from flax import struct
 
 from ldm_jax.config import UserError
+from ldm_jax.errors import TrainingFailed
 from ldm_jax.sharding.mesh import make_mesh
 from ldm_jax.sharding.rules import shardings
+from ldm_jax.training import checkpoints as module
 from ldm_jax.training.checkpoints import Checkpoints
 
 
@@ -139,6 +145,99 @@ def test_a_damaged_step_is_passed_over_loudly(tmp_path, caplog, damage):
         checkpoints.save(2, states[2], wait=True)
         assert checkpoints.latest() == 2
         assert_identical(checkpoints.restore(target), states[2])
+
+
+PASSING = [
+    TimeoutError("a connection that timed out"),
+    ConnectionResetError("reset"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    ValueError("Error opening driver: Input/output error"),
+    Exception("UNAVAILABLE: the storage is busy"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)
+def test_a_reading_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch, error):
+    """Nothing is passed over, and nothing removed."""
+    import orbax.checkpoint as ocp
+
+    fails, read = [error, error], ocp.StandardCheckpointHandler.restore
+    monkeypatch.setattr(module, "_WAITS", (0.0, 0.0, 0.0))
+
+    def flaky(self, *args, **kwargs):
+        if fails:
+            raise fails.pop()
+        return read(self, *args, **kwargs)
+
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        for n in (1, 2):
+            checkpoints.save(n, make_state(n))
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", flaky)
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        assert int(checkpoints.restore(abstract(make_state(), make_mesh())).step) == 2
+        fails[:] = [error] * 4
+        with pytest.raises(TrainingFailed, match=f"{tmp_path}/2 cannot be read at the moment .*{type(error).__name__}: .*it stays"):
+            checkpoints.restore(abstract(make_state(), make_mesh()))
+        checkpoints.save(3, make_state(3), wait=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
+def test_what_was_found_damaged_stays_until_the_steps_have_passed_it(tmp_path):
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        for n in (10, 20):
+            checkpoints.save(n, make_state(n))
+    metadata = tmp_path / "20" / "default" / "_METADATA"
+    whole = metadata.read_bytes()
+    metadata.write_bytes(b"{")
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        assert int(checkpoints.restore(abstract(make_state(), make_mesh())).step) == 10
+        for n in (11, 12):
+            checkpoints.save(n, make_state(n), wait=True)
+        assert {path.name for path in tmp_path.iterdir()} == {"11", "12", "20"} and checkpoints.latest() == 12
+    metadata.write_bytes(whole)  # it was the disk
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        assert int(checkpoints.restore(abstract(make_state(), make_mesh())).step) == 20
+    metadata.write_bytes(b"{")
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        assert int(checkpoints.restore(abstract(make_state(), make_mesh())).step) == 12
+        checkpoints.save(21, make_state(21), wait=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"12", "21"}
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """The disk takes no file of over 1 MiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def wait_for_failure(checkpoints):
+    until = time.monotonic() + 60
+    while not checkpoints.failed and time.monotonic() < until:
+        time.sleep(0.01)
+    assert checkpoints.failed
+
+
+def test_a_save_that_failed_in_the_background_is_seen_and_the_next_one_tried(tmp_path, caplog):
+    large = {n: make_state(n, width=8192) for n in (4, 5, 6)}
+    with Checkpoints(tmp_path, every=1, keep=1) as checkpoints:
+        checkpoints.save(3, make_state(3), wait=True)
+        assert not checkpoints.failed
+        with small_files():
+            checkpoints.save(4, large[4])
+            wait_for_failure(checkpoints)
+            with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="no disk space left for checkpoints in"):
+                checkpoints.save(5, large[5])  # waited for, as the one before has failed
+            assert "the last checkpoint was not written" in caplog.text
+        assert checkpoints.latest() == 3
+        checkpoints.save(6, large[6], wait=True)
+        assert not checkpoints.failed
+        assert_identical(checkpoints.restore(abstract(large[6], make_mesh())), large[6])
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]
 
 
 def test_nothing_readable_is_an_error(tmp_path):

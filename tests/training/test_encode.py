@@ -112,7 +112,9 @@ def test_a_stage_sees_the_same_moments_cached_or_not(encoder: Encoder, moments: 
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_what_a_killed_writer_left_is_finished_and_only_that(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_writer_left_is_finished_and_only_that(
+    encoder: Encoder, moments: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, workdir = tiny.config(), WorkDir(tmp_path)
     directory = ensure_cache(cfg, workdir, encoder, SOURCE).directory
     shards = sorted(directory.glob("*.array_record"))
@@ -131,6 +133,13 @@ def test_what_a_killed_writer_left_is_finished_and_only_that(encoder: Encoder, t
     assert [s.read_bytes() for s in shards] == content and not list(directory.glob(".*.tmp"))
     ensure_cache(cfg, workdir, encoder, SOURCE)
     assert written == [1, 2]
+
+    (directory / MARKER).unlink()
+    shards[0].unlink()
+    stage, params = tiny.first_stage(cfg)
+    cache = ensure_cache(cfg, workdir, Encoder(stage, params, 16), SOURCE)  # with another batch
+    assert written == [1, 2, 0] and sorted(directory.glob("*.array_record")) == shards
+    np.testing.assert_allclose([e["moments"] for e in cache.read(np.arange(64))], moments, atol=1e-5)
 
 
 def test_other_weights_data_or_settings_are_another_cache(encoder: Encoder) -> None:

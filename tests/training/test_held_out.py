@@ -14,6 +14,7 @@ from ldm_jax.config import UserError, WorkDir, check
 from ldm_jax.data.shapes import ShapesSource
 from ldm_jax.diffusion.losses import noised, per_example
 from ldm_jax.diffusion.samplers import initial_noise
+from ldm_jax.errors import Stopped
 from ldm_jax.evaluation.obedience import SEED
 from ldm_jax.training.diffusion import model_info
 from ldm_jax.training.held_out import DenoiserEvaluation, held_out_examples, losses_by_time
@@ -97,6 +98,25 @@ def test_scores_of_a_model(tmp_path: Path) -> None:
     assert found["held_out/loss"] == pytest.approx(np.mean(losses), rel=1e-6)
     assert found["samples/MIND/colors"] > 0 and 0 <= found["samples/text/all_seen"] <= 1
     assert evaluation(model) == pytest.approx(found, rel=1e-5)
+
+
+def stop_after(calls: Iterator[None]) -> None:
+    for _ in calls:
+        return
+    raise Stopped
+
+
+def test_an_evaluation_is_left_between_any_two_batches(tmp_path: Path) -> None:
+    cfg = settings()
+    stage, model = model_of(cfg)
+    evaluation = DenoiserEvaluation(cfg, WorkDir(tmp_path), open_source(cfg, WorkDir(tmp_path)), stage.loss)
+    assert list((tmp_path / "evaluations").glob("reference-*/*.npz"))  # measured before training begins
+    for number in (0, 1, 10):  # the pictures are encoded, losses measured in 10 parts, and samples drawn
+        calls = iter([None] * number)
+        with pytest.raises(Stopped):
+            evaluation(model, lambda calls=calls: stop_after(calls))  # type: ignore[misc]
+    calls = iter([None] * 11)  # the encoding is there already
+    assert evaluation(model, lambda: stop_after(calls)).keys() >= {"held_out/loss", "samples/MIND/colors"}
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -51,6 +51,20 @@ def settled(config: ConfigDict, workdir: WorkDir, stage: FirstStage) -> FirstSta
     return settle_latents(config, workdir, make_source(config.data), config.first_stage.path, stage, encoder)
 
 
+def test_a_process_that_does_not_see_the_scale_yet_takes_what_the_first_has_found(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS, where a file that somebody has looked for before it was there is missed for a while."""
+    config.first_stage.latent_scale, told = "std", []
+    stage = save_first_stage(config, **ALONE)
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm_jax.training.run.from_first", lambda find: told.append(json.loads(json.dumps(find()))) or told[-1])
+        found = settled(config, WorkDir(tmp_path / "of the first"), stage)
+    monkeypatch.setattr("ldm_jax.training.run.from_first", lambda find: told[0])
+    assert settled(config, WorkDir(tmp_path / "of another"), stage) == found != stage
+    assert not list((tmp_path / "of another").iterdir())
+
+
 @pytest.mark.parametrize("kind", ["0.18215", "std", "channel"])
 def test_one_without_a_scale_gets_what_is_asked_for_and_keeps_it(kind: str, config: ConfigDict, tmp_path: Path) -> None:
     config.first_stage.latent_scale = kind

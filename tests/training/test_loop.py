@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from ldm_jax.sharding.mesh import make_mesh
 from ldm_jax.training import loop, optimizer
 from ldm_jax.training import state as states
 from tests import tiny
+from tests.training.test_checkpoints import small_files
 
 BATCH = 16
 
@@ -167,7 +171,7 @@ def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(config: Any, 
     scores = {"score": 0.5, "broken": float("nan")}
     config.evaluate.every = 5
     stage = LineStage(config, Numbers())
-    stage.evaluate = lambda state: scores  # type: ignore[attr-defined]
+    stage.evaluate = lambda state, between: scores  # type: ignore[attr-defined]
     state = run(stage, tmp_path, mesh)
     evaluations = tmp_path / "evaluations"
     assert sorted(p.name for p in evaluations.iterdir()) == ["00000005.json", "00000010.json", "00000012.json"]
@@ -175,7 +179,7 @@ def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(config: Any, 
     (tmp_path / "samples" / "00000012.png").unlink()
     (evaluations / "00000012.json").unlink()
     again = LineStage(config, Numbers())
-    again.evaluate = lambda state: scores  # type: ignore[attr-defined]
+    again.evaluate = lambda state, between: scores  # type: ignore[attr-defined]
     assert_same(run(again, tmp_path, mesh), state)
     assert again.seen == [] and (tmp_path / "samples" / "00000012.png").exists() and (evaluations / "00000012.json").exists()
     assert [line["step"] for line in lines(tmp_path) if "evaluation/score" in line][:3] == [5, 10, 12]
@@ -196,6 +200,57 @@ def test_a_signal_stops_with_a_checkpoint_and_the_resume_is_bit_identical(config
     resumed = run(LineStage(config, Numbers()), tmp_path, mesh)
     assert_same(resumed, run(LineStage(config, Numbers()), tmp_path / "undisturbed", mesh))
     assert losses(tmp_path) == losses(tmp_path / "undisturbed") and len(losses(tmp_path)) == 12
+
+
+def test_a_checkpoint_that_failed_in_the_background_is_made_up_for_at_once(
+    config: Any, mesh: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full when the checkpoint of step 4 is written, and has space again when that is noticed; a stop loses nothing by it."""
+
+    def fill(step: int) -> None:
+        if step == 3:
+            limits.enter_context(small_files())
+        if step == 4:
+            while any(thread.name == "save_finalize" for thread in threading.enumerate()):
+                time.sleep(0.01)
+            limits.close()
+        if step == signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for signalled in (-1, 4):
+        path, limits = tmp_path / str(signalled), ExitStack()
+        with limits, pytest.raises(loop.Stopped) if signalled > 0 else nullcontext():
+            run(LineStage(config, Numbers(), fill, width=200_000), path, mesh)
+        assert kept(path) == ([5] if signalled > 0 else [5, 8, 12])
+        assert "the last checkpoint was not written (no disk space left" in caplog.text
+
+
+@pytest.mark.parametrize(("at", "batches"), [(5, 3), (12, 1)])
+def test_a_signal_stops_an_evaluation_between_its_batches(config: Any, mesh: Any, tmp_path: Path, at: int, batches: int) -> None:
+    """The checkpoint is there already; the evaluation is made when the run goes on."""
+    config.evaluate.every = 5
+    seen: list[int] = []
+
+    def evaluate(state: Any, between: Callable[[], None]) -> dict[str, float]:
+        for batch in range(4):
+            between()
+            seen.append(batch)
+            if (int(state.step), batch + 1) == (at, batches):
+                assert at in kept(tmp_path) or at == 5  # of 5 it may still be on its way
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {"score": float(state.step)}
+
+    first, again = (LineStage(config, Numbers()) for _ in range(2))
+    first.evaluate = evaluate  # type: ignore[attr-defined]
+    with pytest.raises(loop.Stopped, match=f"step {at} with a complete checkpoint"):
+        run(first, tmp_path, mesh)
+    assert len(seen) % 4 == batches % 4 and kept(tmp_path)[-1] == at
+    at, evaluations = -1, tmp_path / "evaluations"
+    again.evaluate = evaluate  # type: ignore[attr-defined]
+    resumed = run(again, tmp_path, mesh)
+    assert [json.loads(p.read_text())["score"] for p in sorted(evaluations.iterdir())] == [5, 10, 12]
+    config.evaluate.every = 0
+    assert_same(resumed, run(LineStage(config, Numbers()), tmp_path / "undisturbed", mesh))
 
 
 def test_a_signal_during_the_last_update_stops_the_run_after_its_checkpoint(config: Any, mesh: Any, tmp_path: Path) -> None:

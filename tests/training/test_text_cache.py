@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ldm_jax.config import UserError, WorkDir
-from ldm_jax.data.latents import CacheWriter, LatentCache
+from ldm_jax.data.latents import CacheWriter, LatentCache, begin
 from ldm_jax.model_directory import Params
 from ldm_jax.sharding.mesh import make_mesh, to_global
 from ldm_jax.training import loop
@@ -45,7 +45,7 @@ def frozen(**text: Any) -> ConfigDict:
 
 def cached(source: tiny.Moments, path: Path, number: int = 40) -> LatentCache:
     """The source in a cache with mirrored views."""
-    writer = CacheWriter(path, {"fingerprint": "latents", "flips": True}, number, number)
+    writer = CacheWriter(path, begin(path, {"fingerprint": "latents", "flips": True}, number, number))
     with writer.shard(0) as add:
         for i in range(number):
             example = source[i]
