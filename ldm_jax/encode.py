@@ -9,10 +9,11 @@ def main() -> int:
 
     config = configs.from_command(args.config, overrides)
     cli.start(config.train.dtype, args.coordinator, args.num_processes, args.process_id)
-    from ldm_jax.training.run import encode
     from ldm_jax.training.signals import stopping_at_once
 
     with stopping_at_once():
+        from ldm_jax.training.run import encode
+
         cache = encode(config, configs.WorkDir(args.workdir))
     print(f"latents: {cache.directory}")
     return cli.OK

@@ -14,10 +14,11 @@ def main() -> int:
 
     config = configs.from_command(args.config, overrides)
     cli.start(config.train.dtype, args.coordinator, args.num_processes, args.process_id)
-    from ldm_jax.training.run import run
     from ldm_jax.training.signals import stopping_at_once
 
-    with stopping_at_once():
+    with stopping_at_once():  # also around imports, which take seconds
+        from ldm_jax.training.run import run
+
         workdir = run(config, configs.WorkDir(args.workdir), sys.argv)
     grids = sorted(workdir.samples.glob("*.png"))
     print(f"model: {workdir.model}\nsamples: {grids[-1] if grids else 'none'}")
