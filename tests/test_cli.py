@@ -305,6 +305,7 @@ def test_neighbours_of_a_picture(run: Run, tmp_path: Path) -> None:
     assert "7 neighbours of a database of 6" in refused(run(neighbors.main, *flags.replace("2", "7").split()))
 
 
+@pytest.mark.slow
 def test_how_it_is_drawn(model: Path, run: Run, tmp_path: Path) -> None:
     """Every flag of samplers and guidance means what it does in Python."""
     picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)

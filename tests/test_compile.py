@@ -32,6 +32,7 @@ def config(spec: str = "configs/class_cond.py:smoke", *overrides: str) -> Any:
     return configs.from_command(spec, [*OVERRIDES, *overrides], weights=False)
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_the_state_is() -> None:
     found = front_door.planned(config(), on(), "smoke", ["step", "preview", "sampler", "encoder"], 0)
     step, preview, sampler, encoder = found["programs"]

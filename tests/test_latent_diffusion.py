@@ -357,6 +357,7 @@ def test_pictures_stay_outside_a_hole(model: LatentDiffusion) -> None:
         model.sample(prompts=PROMPTS, init_images=pictures, holes=holes[:, 4:])
 
 
+@pytest.mark.slow
 def test_pictures_larger_than_those_of_training(model: LatentDiffusion) -> None:
     side = model.info["resolution"]
     drawn = model.sample(prompts=PROMPTS[:2], steps=2, size=(side, 2 * side), seed=5)
@@ -412,6 +413,7 @@ def test_states_on_the_way_end_in_the_images(model: LatentDiffusion) -> None:
         model.sample_states(2, prompts=PROMPTS, colour=["red"])
 
 
+@pytest.mark.slow
 def test_what_is_inverted_is_drawn_again(model: LatentDiffusion, stage: Any) -> None:
     mild = jax.tree.map(lambda x: 0.1 * x, random_params(stage))  # with the fixture's weights nothing comes back: a path is too wild
     calm = stage.model(mild, model.info)
@@ -427,6 +429,7 @@ def test_what_is_inverted_is_drawn_again(model: LatentDiffusion, stage: Any) -> 
         model.sample(prompts=PROMPTS, noise=np.zeros((1, 2, 2, 4), np.float32))
 
 
+@pytest.mark.slow
 def test_a_weak_model_guides(model: LatentDiffusion, stage: Any) -> None:
     other = stage.model(random_params(stage, 1), model.info)
     guided = model.sample(prompts=PROMPTS, steps=3, guidance=2.0, weak=other)

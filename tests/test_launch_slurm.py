@@ -105,6 +105,7 @@ def test_only_starts_without_a_new_checkpoint_are_counted(cloud: Cloud) -> None:
     assert not list((cloud.path / "submitted").glob("slurm-*"))
 
 
+@pytest.mark.slow
 def test_a_warning_between_two_starts_requeues_too(cloud: Cloud) -> None:
     cloud.script("bin/job", JOB + "exit 3\n")
     cloud.script("bin/sleep", '#!/bin/bash\n[ "$1" = 7 ] || exec /bin/sleep "$@"\ntouch "$CLOUD/waits"\nexec /bin/sleep 30\n')

@@ -240,6 +240,7 @@ def test_a_stop_with_a_checkpoint_is_gone_on_from(cloud: Cloud) -> None:
     assert cloud.lines("started").count("0") == 3 and verbs(cloud).count("create") == 1
 
 
+@pytest.mark.slow
 def test_faults_are_tried_again_as_long_as_there_are_new_checkpoints(cloud: Cloud) -> None:
     env = does(cloud, "exit 9")
     done = cloud.run("tpu_vm.sh", *RUN, **env, RETRIES="1")

@@ -47,6 +47,7 @@ def test_a_writing_that_fails_leaves_what_was_there(failure: BaseException, tmp_
     assert '"step": 1' in (tmp_path / "model" / "model.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_with_its_first_stage_alone_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, params = tiny.first_stage(tiny.config())
     model = LatentDiffusion(FirstStage(stage.network), None, {"first_stage": params}, {"task": "autoencoder", "resolution": 16})

@@ -93,6 +93,7 @@ def equal_files(one: Path, other: Path) -> bool:
 # --- what works ---
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_model_that_draws(source: Path, run: Run, tmp_path: Path) -> None:
     lines = done(run(convert.main, *compvis(source, "text", tokenizer=source / "tokenizer.json")))
     assert lines == ["model: out"]

@@ -58,6 +58,7 @@ SMALL = KLAutoencoder(16, (1, 2), 1, (2,), True, 4, 3)
 NORMS, TILING = 5, Tiling(14, 9)
 
 
+@pytest.mark.slow
 def test_as_many_passes_as_norms_give_the_undivided_decoder() -> None:
     params, z = parameters(SMALL), uneven(1, 1, 20, 34, 3)
     whole = apply(SMALL, params, z, "decode")

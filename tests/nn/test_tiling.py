@@ -142,6 +142,7 @@ def test_a_tiled_denoiser_cuts_what_is_joined_and_gives_the_rest_whole() -> None
     assert set(seen) == {((2, 6, 6, 4), (2, 6, 6, 1), (2, 5, 4), (2, 4))}
 
 
+@pytest.mark.slow
 def test_a_unet_runs_at_other_sizes_whole_and_by_windows() -> None:
     network = UNet(3, 8, (1, 2), 1, (2,), head_channels=8)
     t, context = jnp.array([3.0]), normal(1, 1, 5, 6)

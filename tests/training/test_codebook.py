@@ -29,6 +29,7 @@ def one_update(ema: float) -> tuple[AutoencoderStage, Any, Any, Any, Any]:
     return stage, state, after, metrics, moments
 
 
+@pytest.mark.slow
 def test_averages_move_the_codebook_by_the_clusters_of_the_batch() -> None:
     stage, state, after, metrics, z = one_update(ema=0.8)
     assert "quantize" not in state.params["autoencoder"] and "quantize" not in after.params["autoencoder"]
@@ -62,6 +63,7 @@ def test_a_state_without_codebook_has_the_form_it_had() -> None:
     assert set(state.params) == set(state.opt) == {"autoencoder", "discriminator"} and set(state.ema["0.9"]) == {"autoencoder"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_it_learns_to_draw_shapes(ema: float) -> None:
     cfg = tiny.quantised(tiny.config(), ema)

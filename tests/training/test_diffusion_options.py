@@ -82,6 +82,7 @@ def test_a_configuration_trains_and_previews(settings: dict[str, Any]) -> None:
     assert images.dtype == np.uint8 and images.std() > 0
 
 
+@pytest.mark.slow
 def test_previews_are_the_same_on_any_mesh() -> None:
     stage, pictures = stage_of(), []
     for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(2, 4)):
@@ -98,6 +99,7 @@ def test_the_learned_log_variance_is_of_the_loss_and_not_of_the_model() -> None:
     assert all("log_variance" not in trees for trees in last.ema.values())
 
 
+@pytest.mark.slow
 def test_the_bound_stays_outside_of_the_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the paper's code: loss/exp(u) + u and then the bound, which is all that is left where the likelihood is made nothing."""
     monkeypatch.setattr(diffusion, "with_log_variance", lambda loss, table, fraction: 0 * loss)

@@ -99,6 +99,7 @@ def test_the_cache_holds_the_moments_of_each_example(encoder: Encoder, moments: 
     assert [e["text"] for e in examples] == [SOURCE[i]["text"] for i in range(64)] and "image" not in examples[0]
 
 
+@pytest.mark.slow
 def test_a_stage_sees_the_same_moments_cached_or_not(encoder: Encoder, moments: np.ndarray, tmp_path: Path) -> None:
     cfg = tiny.config()
     cfg.data.flip = True

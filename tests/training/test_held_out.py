@@ -88,6 +88,7 @@ def test_files_are_held_out_where_there_are_some(tmp_path: Path) -> None:
         held_out_examples(cfg, WorkDir(tmp_path / "run"), source)
 
 
+@pytest.mark.slow
 def test_scores_of_a_model(tmp_path: Path) -> None:
     cfg = settings()
     stage, model = model_of(cfg)

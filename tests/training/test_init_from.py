@@ -41,6 +41,7 @@ def test_a_denoiser_starts_from_given_weights() -> None:
     assert int(state.step) == 0
 
 
+@pytest.mark.slow
 def test_an_autoencoder_starts_from_given_weights_and_its_discriminator_does_not() -> None:
     for cfg in (tiny.config(), tiny.quantised(tiny.config(), ema=0.9)):
         stage = tiny.autoencoder_stage(cfg)
