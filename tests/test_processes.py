@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -276,24 +277,29 @@ NAMES_OF = {2: NAMES, 4: [name for name in NAMES if name.endswith(MESHES["mixed"
 
 
 @pytest.fixture(scope="module")
-def numbers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, np.ndarray]]:
-    path = tmp_path_factory.mktemp("updates")
-    Job(path, request.param, DEVICES // request.param, "updates", path / "numbers.npz", *NAMES_OF[request.param]).finish()
-    with np.load(path / "numbers.npz") as file:
-        yield dict(file)
+def numbers_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, np.ndarray]]:
+    """By the number of processes, which make them once."""
+
+    @cache
+    def made(number: int) -> dict[str, np.ndarray]:
+        path = tmp_path_factory.mktemp("updates")
+        Job(path, number, DEVICES // number, "updates", path / "numbers.npz", *NAMES_OF[number]).finish()
+        with np.load(path / "numbers.npz") as file:
+            return dict(file)
+
+    return made
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    ("numbers", "name"),
+    ("number", "name"),
     [pytest.param(number, name, id=f"{number}-processes-{name}") for number, names in NAMES_OF.items() for name in names],
-    indirect=["numbers"],
 )
-def test_twenty_updates_equal_those_of_one_device(numbers: dict[str, np.ndarray], name: str) -> None:
+def test_twenty_updates_equal_those_of_one_device(numbers_of: Callable[[int], dict[str, np.ndarray]], number: int, name: str) -> None:
     from tests.training.test_invariance import LOSSES, assert_equal_runs, updates
 
-    kind, dtype, *_ = name.split("-")
+    numbers, (kind, dtype, *_) = numbers_of(number), name.split("-")
     metrics = {key: numbers[f"{name}/{key}"] for key in LOSSES[kind]}
     ema = [numbers[f"{name}/ema{i}"] for i in range(sum(key.startswith(f"{name}/ema") for key in numbers))]
     assert_equal_runs(kind, dtype, updates(kind, dtype, 1, 1), (metrics, ema))
