@@ -79,10 +79,13 @@ def main() -> int:
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError where the numbers cannot go there, before minutes of compiling."""
+    """Raises UserError where the numbers cannot go there, before minutes of compiling. Leaves no file that was not there."""
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
         path.open("a").close()
+        if new:
+            path.unlink()
     except OSError as error:
         raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
 
@@ -92,17 +95,11 @@ def planned(config: "ConfigDict", on: "Topology", name: str, chosen: Sequence[st
     from ldm_jax.training import programs
     from ldm_jax.training.plan import compile_plan
 
-    makers: dict[str, Any] = {
-        "step": programs.train_step,
-        "preview": programs.preview,
-        "sampler": programs.sampler,
-        "encoder": programs.encoder,
-    }
     plans: list[Plan] = []
     notes: list[str] = []
     advice: dict[str, Any] = {}
-    for title, stage, run, names in parts_of(config):
-        making = {program: makers[maker] for program, maker in names.items() if program in chosen}
+    for title, stage, run, makers in parts_of(config):
+        making = {program: make for program, make in makers.items() if program in chosen}
         if not making:
             continue
         run, mesh, said = fitted(run, on.devices, stage)
@@ -123,18 +120,21 @@ def planned(config: "ConfigDict", on: "Topology", name: str, chosen: Sequence[st
     return {"fits": fits, "mesh": shape, "notes": notes, "programs": [plan.to_json() for plan in plans], "advice": advice}
 
 
-def parts_of(config: "ConfigDict") -> list[tuple[str, str, "ConfigDict", dict[str, str]]]:
-    """The stages that a run trains, in their order: words for it, where its `train` group lies, its configuration, and the functions of
-    `training/programs.py` by the names of its programs."""
+def parts_of(config: "ConfigDict") -> list[tuple[str, str, "ConfigDict", dict[str, Any]]]:
+    """The stages that a run trains, in their order: words for it, where its `train` group lies, its configuration, and what makes its
+    programs, by their names."""
     from ldm_jax import config as configs
+    from ldm_jax.training import programs
 
-    encoder = {} if config.first_stage.kind == "identity" else {"encoder": "encoder"}
-    if config.task == "autoencoder":
-        return [("", "", config, {"step": "step", **encoder})]
-    own = [("", "", config, {"step": "step", "preview": "preview", "sampler": "sampler", **encoder})]
-    if config.first_stage.path or config.first_stage.kind == "identity":
-        return own
-    return [(", its first stage", "first_stage.", configs.first_stage_run(config), {"first_stage": "step"}), *own]
+    makers: dict[str, Any] = {"step": programs.train_step}
+    if config.task == "diffusion":
+        makers |= {"preview": programs.preview, "sampler": programs.sampler}
+    if config.first_stage.kind != "identity":
+        makers["encoder"] = programs.encoder
+    own = ("", "", config, makers)
+    if config.task == "autoencoder" or config.first_stage.path or config.first_stage.kind == "identity":
+        return [own]
+    return [(", its first stage", "first_stage.", configs.first_stage_run(config), {"first_stage": programs.train_step}), own]
 
 
 def fitted(config: "ConfigDict", devices: Sequence[Any], stage: str = "", **changes: Any) -> tuple["ConfigDict", "Mesh", list[str]]:

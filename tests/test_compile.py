@@ -106,6 +106,8 @@ def test_nothing_to_compile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr("sys.argv", [*command, *flags])
         with pytest.raises(UserError, match=words):
             front_door.main()
+    front_door.check_writable(tmp_path / "new" / "plan.json")
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"] and not any((tmp_path / "new").iterdir())
 
 
 def test_a_state_too_large_alone_is_not_compiled() -> None:

@@ -2,7 +2,8 @@
 
 import math
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,6 @@ class Layer:
     def fingerprint(self) -> str:
         return self.below.fingerprint()
 
-    def shared_by(self, processes: int) -> None:
-        """Says that from now on each of so many processes reads a share of its own, or (1) that all read everything."""
-        if hasattr(self.below, "shared_by"):
-            self.below.shared_by(processes)
-
 
 class Reliable(Layer):
     """A source whose broken examples are replaced by the next good one, wrapping around at the end.
@@ -76,7 +72,7 @@ class Reliable(Layer):
         self._log_path, self._max_broken = log_path, max_broken
         self._lock = threading.Lock()
         self.broken: set[int] = set()
-        self._processes = 1
+        self.processes = 1  # of which each reads a share of its own
         self._logged: set[int] = set()
         if log_path is not None and log_path.exists():
             first_columns = (line.split("\t")[0] for line in log_path.read_text(encoding="utf-8").splitlines())
@@ -84,9 +80,6 @@ class Reliable(Layer):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._first_good(index, self.below.__getitem__, self.broken)
-
-    def shared_by(self, processes: int) -> None:
-        self._processes = processes
 
     def caption(self, index: int) -> Any:
         return self._first_good(index, super().caption)  # whatever of the pictures has been read before
@@ -113,7 +106,7 @@ class Reliable(Layer):
             if self._log_path is not None and index not in self._logged:
                 self._logged.add(index)
                 append(self._log_path, broken_line(index, self.name(index), error))
-            size = -(-len(self) // self._processes)
+            size = -(-len(self) // self.processes)
             if len(self.broken) > math.ceil(self._max_broken * size) or len(self.broken) > self._max_broken * len(self):
                 raise UserError(broken_message(len(self.broken), size, self._max_broken, self.name(min(self.broken))) + self._where())
 
@@ -131,3 +124,19 @@ def broken_message(count: int, size: int, allowed: float, first: str) -> str:
     return (
         f"data: {count} of {size} examples are broken, {count / size:.2%}, and data.max_broken allows {allowed:.2%}; the first is {first!r}"
     )
+
+
+@contextmanager
+def shared(source: Any, processes: int) -> Iterator[None]:
+    """Inside, each of so many processes reads a share of its own of a source; otherwise all read everything."""
+    layers = [source]
+    while isinstance(layers[-1], Layer):
+        layers.append(layers[-1].below)
+    reliable = [layer for layer in layers if isinstance(layer, Reliable)]
+    for layer in reliable:
+        layer.processes = processes
+    try:
+        yield
+    finally:
+        for layer in reliable:
+            layer.processes = 1

@@ -15,7 +15,7 @@ from ldm_jax.config import UserError
 from ldm_jax.evaluation import parts
 from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.pictures import Pictures
-from ldm_jax.sharding.mesh import make_mesh, replicated, split_host_arrays
+from ldm_jax.sharding.mesh import filled, make_mesh, replicated, split_host_arrays
 from ldm_jax.sharding.processes import wait_for_all
 
 PART = 512  # pictures of a part: what a kill loses at most
@@ -81,7 +81,7 @@ def measure(pictures: Pictures, extractors: Sequence[Extractor], directory: Path
     parts.claim(directory, {"pictures": pictures.fingerprint(), "number": len(pictures), "part": PART, "weights": weights})
     todo = parts.missing(directory, len(pictures), PART)
     mesh = make_mesh(devices=jax.local_devices())
-    size = -(-batch_size // mesh.size) * mesh.size
+    size = filled(batch_size, mesh)
     function = on_mesh(extractors, mesh)
     with tqdm(total=sum(stop - start for start, stop in todo), desc=title, unit="image", mininterval=2, disable=not todo) as bar:
         for part in todo:

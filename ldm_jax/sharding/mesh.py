@@ -79,6 +79,11 @@ def fitting_batches(batch_size: int, unit: int) -> tuple[int, ...]:
     return (below, below + unit) if below > 0 else (unit,)
 
 
+def filled(number: int, mesh: Mesh) -> int:
+    """The smallest batch of at least `number` examples that the devices divide."""
+    return fitting_batches(number, mesh.size)[-1]
+
+
 def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Checks that the global `batch_size` splits evenly over devices and over `accumulation` microbatches.
 

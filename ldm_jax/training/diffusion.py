@@ -30,7 +30,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.model_directory import Params, check_shapes
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.sampling import Sampling, check_guidance, check_sampler, is_plain, make_sampling
-from ldm_jax.sharding.mesh import on_host, split_host_arrays
+from ldm_jax.sharding.mesh import filled, on_host, split_host_arrays
 from ldm_jax.sharding.rules import from_config, gathered
 from ldm_jax.stages import Denoiser, FirstStage, GenerateInputs, build_denoiser, compute_dtype, generate, prepare, to_float
 from ldm_jax.training import optimizer
@@ -40,6 +40,7 @@ from ldm_jax.training.state import Metrics, State, key_for
 from ldm_jax.training.text_cache import Embedded
 
 TIME_BUCKETS = 4
+PREVIEWS, MAX_PROMPTS = 16, 32  # samples of a preview; as many as there are `sample.prompts`, up to the second
 LOG_VARIANCES = 1000  # numbers that `diffusion.learn_log_variance` learns where time is continuous
 
 
@@ -211,16 +212,21 @@ class DiffusionStage:
             height, width = self.buckets[0].height // factor, self.buckets[0].width // factor
         return height, width, channels
 
+    @property
+    def guided(self) -> bool:
+        """Whether samples of `sample.guidance` take the prediction without condition too."""
+        return self.denoiser.conditioning.guides and not is_plain(self.sampling, float(self.config.sample.guidance))
+
     @cached_property
     def preview_inputs(self) -> dict[str, list[Any]]:
-        """What the conditioners of the preview are given: `sample.prompts`, filled up to 16 with captions of the data; where there are
-        other conditions than text, the data's first examples."""
+        """What the conditioners of the preview are given: `sample.prompts`, filled up to `PREVIEWS` with captions of the data; where there
+        are other conditions than text, the data's first examples."""
         names = self.denoiser.conditioning.fields
         if names == ("text",):
-            given = list(self.config.sample.prompts)[:32]
-            missing = range(min(max(16 - len(given), 0), len(self.source)))
+            given = list(self.config.sample.prompts)[:MAX_PROMPTS]
+            missing = range(min(max(PREVIEWS - len(given), 0), len(self.source)))
             return {"text": given + [caption(self.source, i) for i in missing]}
-        number = min([16, len(self.source), *(bucket.number for bucket in self.buckets)])
+        number = min([PREVIEWS, len(self.source), *(bucket.number for bucket in self.buckets)])
         examples = [one_caption(self.source[i], 0, i) for i in range(number)] if names else []
         given = [name for name in (*names, *self.denoiser.conditioning.optional) if examples and name in examples[0]]
         return {name: [example[name] for example in examples] for name in given}
@@ -240,17 +246,15 @@ class DiffusionStage:
         """Samples of fixed inputs and noise by the EMA weights, below what is told in pictures: (uint8 [N,H,W,3], columns, captions). To be
         called within `jax.set_mesh`."""
         conditioning, inputs, mesh = self.denoiser.conditioning, self.preview_inputs, jax.sharding.get_mesh()
-        n = len(next(iter(inputs.values()), range(16)))
-        index = np.arange(-(-n // mesh.size) * mesh.size) % n  # as many as the devices divide
+        n = len(next(iter(inputs.values()), range(PREVIEWS)))
+        index = np.arange(filled(n, mesh)) % n
         with jax.transfer_guard("allow"):
             arrays = prepare(self.first_stage, conditioning, {"first_stage": self.first_stage_params}, inputs)
             seed = self.config.sample.seed
             noise, keys = initial_noise(seed, index, self.preview_shape), image_keys(seed, index)
-            guidance = float(self.config.sample.guidance)
-            doubled = conditioning.guides and not is_plain(self.sampling, guidance)
-            given = {"arrays": arrays, "null": conditioning.unconditional(arrays) if doubled else None}
+            given = {"arrays": arrays, "null": conditioning.unconditional(arrays) if self.guided else None}
             rows = split_host_arrays({"noise": np.asarray(noise), **jax.tree.map(lambda a: np.asarray(a)[index], given)}, mesh)
-            drawn = GenerateInputs(keys=keys, scale=guidance, **rows)
+            drawn = GenerateInputs(keys=keys, scale=float(self.config.sample.guidance), **rows)
             images = on_host(self.draw(state.ema[str(self.config.ema.decays[0])], self.first_stage_params, drawn))[:n]
         told = shown(inputs, *images.shape[1:3])
         if told is None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ldm_jax.config import WorkDir
 from ldm_jax.data.latents import CacheWriter, LatentCache, begin, cache_fingerprint, is_complete, weights_fingerprint
 from ldm_jax.data.pipeline import Batches, read_ahead, stack
+from ldm_jax.data.reliable import shared
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import mirror
 from ldm_jax.model_directory import Params
@@ -91,19 +92,15 @@ def ensure_cache(config: ConfigDict, workdir: WorkDir, encoder: Encoder, source:
     """The latent cache of a run, encoded now where it is missing or unfinished. Raises UserError."""
     mark = fingerprint(config, encoder.fingerprint, source)
     meta = {"flips": config.data.flip, "buckets": [list(bucket) for bucket in getattr(source, "buckets", ())]}
-    if hasattr(source, "shared_by"):  # each process encodes shards of its own
-        source.shared_by(jax.process_count())
-    cache = ensure_written(
-        cache_directory(config, workdir, mark),
-        {"fingerprint": mark, **meta},
-        len(source),
-        _SHARD,
-        lambda examples, views: encoded(encoder, source, examples, views, config.data.workers),
-        config.data.copies,
-    )
-    if hasattr(source, "shared_by"):
-        source.shared_by(1)
-    return cache
+    with shared(source, jax.process_count()):
+        return ensure_written(
+            cache_directory(config, workdir, mark),
+            {"fingerprint": mark, **meta},
+            len(source),
+            _SHARD,
+            lambda examples, views: encoded(encoder, source, examples, views, config.data.workers),
+            config.data.copies,
+        )
 
 
 def cache_directory(config: ConfigDict, workdir: WorkDir, mark: str) -> Any:

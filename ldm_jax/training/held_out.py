@@ -29,7 +29,7 @@ from ldm_jax.evaluation.pairs import pair_extractor
 from ldm_jax.evaluation.statistics import gaussian_of
 from ldm_jax.evaluation.told import FromData
 from ldm_jax.latent_diffusion import LatentDiffusion
-from ldm_jax.sharding.mesh import make_mesh
+from ldm_jax.sharding.mesh import filled, make_mesh
 from ldm_jax.stages import Denoiser
 from ldm_jax.training.inputs import open_pictures_alone, open_source, scenes
 
@@ -193,7 +193,7 @@ def _batches(images: np.ndarray, between: Between) -> Iterator[np.ndarray]:
 def _measuring(extractors: Sequence[Extractor]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Pictures uint8 [N,H,W,C] to their features, in batches of one size, so that the program is compiled once."""
     function = on_mesh(extractors, mesh := make_mesh(devices=jax.local_devices()))
-    size = -(-_BATCH // mesh.size) * mesh.size
+    size = filled(_BATCH, mesh)
 
     def measured(images: np.ndarray) -> dict[str, np.ndarray]:
         batches = [function(images[start : start + size], size) for start in range(0, len(images), size)]

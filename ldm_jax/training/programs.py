@@ -20,12 +20,11 @@ from ldm_jax.diffusion.samplers import image_keys
 from ldm_jax.latent_diffusion import load_first_stage
 from ldm_jax.model_directory import find_model
 from ldm_jax.nn import lpips
-from ldm_jax.sampling import is_plain
-from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated
+from ldm_jax.sharding.mesh import batch_sharding, filled, make_mesh, replicated
 from ldm_jax.stages import FirstStage, GenerateInputs, build_autoencoder, compute_dtype, generate_jit, init_autoencoder, to_float
 from ldm_jax.training import loop
 from ldm_jax.training.autoencoder import AutoencoderStage
-from ldm_jax.training.diffusion import DiffusionStage, conditioning_for
+from ldm_jax.training.diffusion import MAX_PROMPTS, PREVIEWS, DiffusionStage, conditioning_for
 from ldm_jax.training.encode import encode_jit
 from ldm_jax.training.flops import count_flops
 
@@ -106,8 +105,7 @@ def train_step(stage: AutoencoderStage | DiffusionStage, mesh: Mesh) -> Planned:
 def preview(stage: DiffusionStage, mesh: Mesh) -> Planned:
     """The samples that training shows, of the averaged weights as they lie on its devices, beside all that an update is given."""
     texts = stage.denoiser.conditioning.fields == ("text",)
-    number = min(max(16, len(stage.config.sample.prompts)), 32) if texts else 16
-    number = -(-number // mesh.size) * mesh.size
+    number = filled(min(max(PREVIEWS, len(stage.config.sample.prompts)), MAX_PROMPTS) if texts else PREVIEWS, mesh)
     beside = train_step(stage, mesh).given
     averaged, first = beside["EMA"][str(stage.config.ema.decays[0])], _placed(stage.first_stage_params, replicated(mesh))
     inputs = _placed(_drawing(stage, number)[1], batch_sharding(mesh))
@@ -133,13 +131,10 @@ def sampler(stage: DiffusionStage, mesh: Mesh) -> Planned:
 
 def _drawing(stage: DiffusionStage, number: int) -> tuple[tuple[Any, ...], Abstract]:
     """What `generate` is given besides parameters to draw a number of images: what is static, and the inputs."""
-    conditioning = stage.denoiser.conditioning
-    arrays = _rows(_arrays(conditioning), number)
-    scale = float(stage.config.sample.guidance)
-    guided = conditioning.guides and not is_plain(stage.sampling, scale)
+    arrays = _rows(_arrays(stage.denoiser.conditioning), number)
     noise = jax.ShapeDtypeStruct((number, *stage.preview_shape), jnp.float32)
     keys = jax.eval_shape(lambda: image_keys(0, np.arange(number)))
-    inputs = GenerateInputs(noise, keys, arrays, arrays if guided else None, scale)
+    inputs = GenerateInputs(noise, keys, arrays, arrays if stage.guided else None, float(stage.config.sample.guidance))
     return (stage.first_stage, stage.denoiser, stage.sampling, None), inputs
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ldm_jax.config import UserError
 from ldm_jax.data.folder import FolderSource
-from ldm_jax.data.reliable import Layer, Reliable
+from ldm_jax.data.reliable import Layer, Reliable, shared
 from tests.data.pictures import noise, save
 
 
@@ -65,8 +65,7 @@ def test_more_than_max_broken_stop_the_run(tmp_path: Path) -> None:
 def test_processes_that_share_a_source_may_meet_their_part_of_the_broken_ones() -> None:
     for processes, allowed in ((1, 10), (4, 3), (100, 1)):
         source = Layer(Reliable(Flaky(1000, 500), None, max_broken=0.01))
-        source.shared_by(processes)
-        with pytest.raises(UserError, match=rf"{allowed + 1} of {1000 // processes} examples are broken"):
+        with shared(source, processes), pytest.raises(UserError, match=rf"{allowed + 1} of {1000 // processes} examples are broken"):
             source[0]
 
 
