@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +31,8 @@ Params = dict[str, Any]
 def writing(path: str | Path, info: Mapping[str, Any]) -> Iterator[Any]:
     """Gives the directory to write the parts into; on leaving, `model.json` with `info` follows, and all of it takes its place.
 
-    Where the writing fails, nothing of it stays.
+    Where the writing fails, nothing of it stays. Object storage has no rename: there the old model ends when all of the new one has been
+    written on the local disk, and a kill while it is sent leaves none.
     """
     described, root = dict(info, format=FORMAT), paths.resolve(path)
     if not paths.is_remote(root):
@@ -38,8 +40,11 @@ def writing(path: str | Path, info: Mapping[str, Any]) -> Iterator[Any]:
             yield epath.Path(new)
             paths.write_json(new / "model.json", described)
         return
-    (root / "model.json").unlink(missing_ok=True)  # object storage has no rename: there the old model ends here
-    yield root
+    with TemporaryDirectory(prefix="ldm_jax_") as folder:
+        yield epath.Path(folder)
+        (root / "model.json").unlink(missing_ok=True)
+        paths.remove_tree(root)
+        paths.send_tree(folder, root)
     paths.write_json(root / "model.json", described)
 
 

@@ -237,6 +237,14 @@ def remove_tree(path: Anywhere) -> None:
         storage().rm(os.fspath(path), recursive=True)
 
 
+def send_tree(folder: pathlib.Path | str, final: Anywhere) -> None:
+    """Puts all files below a local folder on object storage. Raises UserError."""
+    for file in sorted(each for each in pathlib.Path(folder).rglob("*") if each.is_file()):
+        name = os.path.join(os.fspath(final), file.relative_to(folder).as_posix())
+        with reported("write", name):
+            storage().put_file(os.fspath(file), name)
+
+
 @contextmanager
 def local_copy(path: Anywhere) -> Iterator[pathlib.Path]:
     """The file or folder on a file system: itself, or a copy that is removed afterwards. Raises UserError where it cannot be read."""

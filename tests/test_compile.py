@@ -75,6 +75,7 @@ def test_what_does_not_fit_is_said_and_mended(capsys: pytest.CaptureFixture) -> 
     assert set(advice["change"]) <= {"mesh.data", "mesh.fsdp", "train.remat", "train.accumulation", "train.batch_size"}
 
 
+@pytest.mark.slow
 def test_a_first_stage_of_its_own_is_planned_too(capsys: pytest.CaptureFixture) -> None:
     spec, own = "configs/class_cond.py:smoke", "--config.first_stage.train.batch_size=12"
     found = front_door.planned(config(spec, own), on(2**34), "smoke", ["first_stage"], 0)

@@ -297,7 +297,7 @@ def test_stop_reaches_every_worker_and_is_not_taken_for_a_preemption(cloud: Clou
     assert cloud.run("tpu_vm.sh", "status", **env).stdout.split()[:2] == ["READY", "stopped:75"]
 
 
-@pytest.mark.parametrize(("trap", "code"), [("exit 1", 1), ("", 137)], ids=["fails", "deaf"])
+@pytest.mark.parametrize(("trap", "code"), [("exit 1", 1), pytest.param("", 137, marks=pytest.mark.slow)], ids=["fails", "deaf"])
 def test_a_stop_without_a_checkpoint_is_told_from_one_with(cloud: Cloud, trap: str, code: int) -> None:
     env = does(cloud, f"trap '{trap}' TERM; touch \"$CLOUD/ready$me\"; while :; do sleep 0.05; done") | {"GRACE": "3"}
     watcher = cloud.start("tpu_vm.sh", *RUN, **env)

@@ -21,7 +21,7 @@ from ldm_jax.data.sources import open_data
 from ldm_jax.defaults import base
 from ldm_jax.evaluation import parts
 from ldm_jax.latent_diffusion import LatentDiffusion
-from ldm_jax.model_directory import find_model, load_params, writing
+from ldm_jax.model_directory import FORMAT, WEIGHTS, find_model, load_params, read_info, writing
 from ldm_jax.stages import FirstStage, build_autoencoder, init_autoencoder
 from ldm_jax.training.metrics import MetricWriter
 from tests import tiny
@@ -189,6 +189,14 @@ def test_models(root: Any) -> None:
     for name, value in load_params(found / "first_stage")["conv_out"].items():
         np.testing.assert_array_equal(value, params["conv_out"][name])
 
+    with pytest.raises(RuntimeError), writing(found, {}) as begun:
+        paths.write_bytes(begun / "weights", b"1")
+        raise RuntimeError
+    assert find_model(root / "run") == found and (found / "first_stage" / WEIGHTS).exists()  # the old one stays
+    with writing(found, {"step": 2}) as begun:
+        paths.make_directory(begun / "denoiser")
+        paths.write_bytes(begun / "denoiser" / WEIGHTS, b"2")
+    assert read_info(found) == {"step": 2, "format": FORMAT} and paths.names(found) == ["denoiser", "model.json"]
     with pytest.raises(RuntimeError), writing(root / "half", {}) as begun:
         paths.make_directory(begun)
         paths.write_bytes(begun / "weights", b"1")

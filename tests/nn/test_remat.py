@@ -64,6 +64,7 @@ def test_gradients_are_the_same(name: str, remat: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max()) + 1e-7)
 
 
+@pytest.mark.slow
 def test_less_is_kept() -> None:
     """Of what passes from the forward to the backward pass: XLA's own memory on a CPU says little."""
 

@@ -164,6 +164,7 @@ def test_a_seam_would_be_seen() -> None:
     assert seam(error, np.array([0, 20, 40]), 24) > 2.5 / 255
 
 
+@pytest.mark.slow
 def test_a_trained_encoder_by_windows_agrees_with_the_whole(trained: dict) -> None:
     whole = F8.sample(apply(F8, trained, picture(256), "moments"))
     for passes, least in ((0, 18.0), (1, 50.0)):

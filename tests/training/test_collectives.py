@@ -52,6 +52,7 @@ def assert_sums_of_gradients(found: list[Collective], params: Any) -> None:
                 assert size in known or size <= 32, one
 
 
+@pytest.mark.slow
 def test_data_parallel_updates_only_sum() -> None:
     found, _, _, params = update("diffusion", 8, 1)
     assert_sums_of_gradients(found, params)
@@ -89,7 +90,9 @@ def test_the_autoencoder_gathers_parameters_alone() -> None:
     assert {one.kind for one in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
 
 
-@pytest.mark.parametrize(("kind", "data", "fsdp"), [("diffusion", 8, 1), ("diffusion", 2, 4), ("autoencoder", 2, 4)])
+@pytest.mark.parametrize(
+    ("kind", "data", "fsdp"), [pytest.param("diffusion", 8, 1, marks=pytest.mark.slow), ("diffusion", 2, 4), ("autoencoder", 2, 4)]
+)
 def test_bytes_of_memory_agree_with_xla_where_nothing_loops(kind: str, data: int, fsdp: int) -> None:
     _, program, counted, _ = update(kind, data, fsdp)
     assert program.memory_bytes() == pytest.approx(counted, rel=0.1)

@@ -47,6 +47,7 @@ def updated(stage: DiffusionStage, steps: int = 2) -> tuple[Any, Any, list[float
     return first, jax.device_get(state), losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -58,16 +59,11 @@ def updated(stage: DiffusionStage, steps: int = 2) -> tuple[Any, Any, list[float
             "input_perturbation": 0.1,
             "loss": "huber",
         },
-        *(
-            pytest.param(settings, marks=pytest.mark.slow)
-            for settings in (
-                {"process": "sigma", "prediction": "edm", "weighting": "edm", "time_sampling": "edm"},
-                {"process": "cosine", "prediction": "v", "weighting": "sigmoid", "weight_offset": -1.0, "shift": 0.5},
-                {"schedule": "linear", "prediction": "v", "zero_terminal_snr": True, "weighting": "soft_min_snr"},
-                {"schedule": "given", "num_steps": 4, "betas": (0.1, 0.2, 0.3, 0.5), "sample": {"steps": 2}},
-                {"process": "flow", "prediction": "flow", "time_sampling": "mode", "mode_scale": 1.29, "learn_log_variance": True},
-            )
-        ),
+        {"process": "sigma", "prediction": "edm", "weighting": "edm", "time_sampling": "edm"},
+        {"process": "cosine", "prediction": "v", "weighting": "sigmoid", "weight_offset": -1.0, "shift": 0.5},
+        {"schedule": "linear", "prediction": "v", "zero_terminal_snr": True, "weighting": "soft_min_snr"},
+        {"schedule": "given", "num_steps": 4, "betas": (0.1, 0.2, 0.3, 0.5), "sample": {"steps": 2}},
+        {"process": "flow", "prediction": "flow", "time_sampling": "mode", "mode_scale": 1.29, "learn_log_variance": True},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -93,6 +89,7 @@ def test_previews_are_the_same_on_any_mesh() -> None:
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_learned_log_variance_is_of_the_loss_and_not_of_the_model() -> None:
     first, last, _ = updated(stage_of(learn_log_variance=True))
     assert not first.params["log_variance"].any() and last.params["log_variance"].any()

@@ -112,6 +112,7 @@ def test_a_stage_sees_the_same_moments_cached_or_not(encoder: Encoder, moments: 
     np.testing.assert_allclose(cached["moments"], encoder(padded)[:16], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_shards")
 def test_what_a_killed_writer_left_is_finished_and_only_that(
     encoder: Encoder, moments: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

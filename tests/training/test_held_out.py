@@ -107,6 +107,7 @@ def stop_after(calls: Iterator[None]) -> None:
     raise Stopped
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_left_between_any_two_batches(tmp_path: Path) -> None:
     cfg = settings()
     stage, model = model_of(cfg)
