@@ -105,11 +105,7 @@ def first_update(dropout: float, data: int, fsdp: int, accumulation: int) -> tup
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("data", "fsdp", "accumulation"),
-    [(1, 1, 4), (8, 1, 1), (1, 1, 2), (2, 2, 4)],
-    ids=["quarters", "devices", "halves", "all"],
-)
+@pytest.mark.parametrize(("data", "fsdp", "accumulation"), [(1, 1, 4), (8, 1, 1), (2, 2, 4)], ids=["quarters", "devices", "both"])
 def test_an_example_is_masked_alike_wherever_it_lies(data: int, fsdp: int, accumulation: int) -> None:
     whole, parted = first_update(0.5, 1, 1, 1), first_update(0.5, data, fsdp, accumulation)
     assert parted[0] == pytest.approx(whole[0], rel=1e-12)
