@@ -46,7 +46,7 @@ from ldm_jax.sampling import (
     per_image_scale,
     picture_size,
 )
-from ldm_jax.sharding.mesh import make_mesh, replicated, split_host_arrays
+from ldm_jax.sharding.mesh import filled, make_mesh, replicated, split_host_arrays
 from ldm_jax.stages import (
     AUTOENCODERS,
     DENOISERS,
@@ -245,8 +245,7 @@ class LatentDiffusion:
         check_guidance(sampling, scale, guiding | more, guides)
         check_levels(sampling, denoiser.process)
         request = self._fixed(asked, total, self._size(asked.size, asked.init_images, given))
-        size = min(asked.batch_size or defaults["batch_size"], total)
-        size = -(-size // self.mesh.size) * self.mesh.size  # every device has as many
+        size = filled(min(asked.batch_size or defaults["batch_size"], total), self.mesh)
         drawn = []
         for start in range(0, total, size):
             index = np.minimum(np.arange(start, start + size), total - 1)  # the last batch is filled up, so that one program serves all

@@ -238,11 +238,15 @@ def remove_tree(path: Anywhere) -> None:
 
 
 def send_tree(folder: pathlib.Path | str, final: Anywhere) -> None:
-    """Puts all files below a local folder on object storage. Raises UserError."""
-    for file in sorted(each for each in pathlib.Path(folder).rglob("*") if each.is_file()):
-        name = os.path.join(os.fspath(final), file.relative_to(folder).as_posix())
-        with reported("write", name):
-            storage().put_file(os.fspath(file), name)
+    """Puts all files below a folder of the local disk, which the caller removes, in their places. Raises UserError."""
+    for file in sorted(filter(pathlib.Path.is_file, pathlib.Path(folder).rglob("*"))):
+        target = epath.Path(final) / file.relative_to(folder).as_posix()
+        if is_remote(target):
+            commit(file, target)
+            continue
+        make_directory(target.parent)
+        with writing(target) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import mirror
 from ldm_jax.model_directory import Params
 from ldm_jax.paths import resolve
-from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated, split_host_arrays
+from ldm_jax.sharding.mesh import batch_sharding, filled, make_mesh, replicated, split_host_arrays
 from ldm_jax.sharding.processes import exchange, from_first
 from ldm_jax.stages import FirstStage, compute_dtype, to_float
 
@@ -40,7 +40,7 @@ class Encoder:
     def __init__(self, stage: FirstStage, params: Params, batch_size: int) -> None:
         self.network = stage.network
         self.mesh: Mesh = make_mesh(devices=jax.local_devices())
-        self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
+        self.batch_size = filled(batch_size, self.mesh)
         self.fingerprint = weights_fingerprint(params)
         self.params = jax.device_put(params, replicated(self.mesh))
         self._run = encode_jit(stage, self.mesh)

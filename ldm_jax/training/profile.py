@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
 import jax
 
-from ldm_jax.paths import make_directory, write_bytes
+from ldm_jax.paths import send_tree
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +56,7 @@ class Profiler:
             with self._local as local:
                 self._local = None
                 jax.profiler.stop_trace()
-                for path in filter(Path.is_file, Path(local).rglob("*")):
-                    target = self._directory / path.relative_to(local).as_posix()
-                    make_directory(target.parent)
-                    write_bytes(target, path.read_bytes())
+                send_tree(local, self._directory)
 
     def __enter__(self) -> "Profiler":
         return self

@@ -19,7 +19,7 @@ from ldm_jax.data.latents import LatentCache, cache_fingerprint, weights_fingerp
 from ldm_jax.data.pipeline import read_ahead
 from ldm_jax.data.reliable import Layer
 from ldm_jax.model_directory import Params, find_finished, load_params
-from ldm_jax.sharding.mesh import batch_sharding, make_mesh, replicated, split_host_arrays
+from ldm_jax.sharding.mesh import batch_sharding, filled, make_mesh, replicated, split_host_arrays
 from ldm_jax.sharding.processes import from_first
 from ldm_jax.training.encode import cache_directory, ensure_written, split
 
@@ -56,7 +56,7 @@ class TextEncoder:
 
     def __init__(self, conditioner: TextConditioner, params: Params) -> None:
         self._conditioner, self._mesh = conditioner, make_mesh(devices=jax.local_devices())
-        self._size = -(-_BATCH // self._mesh.size) * self._mesh.size
+        self._size = filled(_BATCH, self._mesh)
         whole, parts = replicated(self._mesh), batch_sharding(self._mesh)
         self._params = jax.device_put(params, whole)
         self._run = jax.jit(
