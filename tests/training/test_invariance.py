@@ -22,7 +22,14 @@ LOSSES = {
     "moments": ("loss", "gradient_norm"),
     "images": ("loss", "gradient_norm"),
 }
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 2, 1), "mixed": (2, 4, 1), "accumulated": (1, 1, 4), "mixed-accumulated": (2, 2, 4)}
+MESHES = {
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "mixed": (2, 4, 1),
+    "two": (1, 2, 1),
+    "accumulated": (1, 1, 4),
+    "mixed-accumulated": (2, 2, 4),
+}
 
 
 @cache
