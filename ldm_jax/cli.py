@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from ldm_jax.errors import BAD_INPUT, FAILED, INTERRUPTED, OK, STOPPED, NotJoined, Stopped, TrainingFailed, UserError
@@ -44,8 +45,7 @@ def start(
 ) -> None:
     """Sets the process up before anything touches a device: logging, cluster (`join`), float64 where asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of each error that it raises
-    sys.unraisablehook = _unraisable
+    _tell_errors_once()
     from ldm_jax.sharding import watch
     from ldm_jax.sharding.distributed import initialize
     from ldm_jax.sharding.flags import set_environment
@@ -59,10 +59,13 @@ def start(
         jax.config.update("jax_enable_x64", True)
 
 
-def _unraisable(found: "sys.UnraisableHookArgs") -> None:
-    """What nobody can catch goes to stderr, but for the other reads and writes of a checkpoint of which one has failed, and was told."""
-    if str(found.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(found)
+def _tell_errors_once() -> None:
+    """Where a leaf of a checkpoint cannot be read or written, its error is raised, and told by `guarded`. Orbax logs the traceback of it as
+    well, and what becomes of the other leaves is told by all those that were at work on them, at the end even after that line."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else sys.__unraisablehook__(found)
 
 
 def keep_freed_memory() -> None:

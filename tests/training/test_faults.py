@@ -1,6 +1,7 @@
 """Disks that fail: files cut short, no space left, no right to write. What was good stays, and the same command goes on from it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,43 @@ def test_a_checkpoint_that_the_disk_does_not_take_stops_the_run_with_one_line(un
     assert run(tmp_path, 24).returncode == 0
     assert steps(tmp_path) == ["20", "24"]
     assert_same_end(tmp_path, undisturbed)
+
+
+# Five times, as which of the leaves are waited for when the first one fails is a matter of chance.
+MANY_LEAVES = """
+import resource, sys
+import jax
+from ldm_jax import cli
+from ldm_jax.config import UserError
+from ldm_jax.training.checkpoints import Checkpoints
+
+def main():
+    cli.start()
+    state = {str(i): jax.random.normal(jax.random.key(i), (200,)) for i in range(100)}
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for attempt in range(5):
+        try:
+            with Checkpoints(f"{sys.argv[1]}/{attempt}", every=1) as checkpoints:
+                checkpoints.save(1, state, wait=True)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+                checkpoints.save(2, state, wait=True)
+        except UserError as error:
+            last = error
+        else:
+            raise AssertionError("written")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    raise last
+
+cli.guarded(main)
+"""
+
+
+def test_what_becomes_of_the_other_leaves_when_one_is_not_written_is_not_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MANY_LEAVES, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert result.returncode == 2 and "error: no disk space left for checkpoints in" in last_line(result)
+    assert not re.search("Traceback|never retrieved|never awaited", result.stderr), result.stderr
 
 
 def mounts(script: str, *arguments: Any) -> str:
