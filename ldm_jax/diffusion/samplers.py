@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ldm_jax.diffusion.checks import check_finite
 from ldm_jax.diffusion.grid import SPACINGS, Grid, Level, make_grid
@@ -321,7 +321,7 @@ _INITIAL, _ON_THE_WAY = 0, 1
 _OF_KNOWN = 2**31
 
 
-def initial_noise(seed: int, image_indices: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def initial_noise(seed: int, image_indices: ArrayLike, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Standard normal [B, *shape]: row i is a function of (seed, image_indices[i]) only, whatever the batch and sampler."""
     root = jax.random.fold_in(jax.random.key(seed), _INITIAL)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(root, i), shape, dtype))(jnp.asarray(image_indices))

@@ -5,7 +5,7 @@ XLA's own cost analysis counts the body of a loop once; here it counts as often 
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ _SHAPE = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 # Between slices XLA:TPU sends through the hosts: a program is one slice's, and its devices are numbered within that.
 _MEGASCALE = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
+# XLA:TPU may run a collective beside other work: each fusion of that, one after the other, names it again and hands on what it works on.
+_CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="\d+"')
 _BITS = re.compile(r"(\d+)")
 _NO_TRAFFIC = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "after-all"}
 _NO_TRAFFIC |= {"partition-id", "replica-id", "opt-barrier", "async-start", "async-done"}
@@ -80,7 +82,8 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """All of them, in no order."""
-        found = []
+        found: list[Collective] = []
+        chained: set[str] = set()
         for name, times, _ in self._visited():
             talking = [n for n in self.computations[name] if n.op.removesuffix("-start") in KINDS]
             sending = [(n, sent) for n in self.computations[name] if n.op == "send" and (sent := _MEGASCALE.search(n.rest))]
@@ -91,6 +94,10 @@ class Program:
                 kind, shape = sent[2].lower().replace("_", "-"), shapes.get(n.operands[0], "")
                 found.append(Collective(kind, re.sub(r"\{[^{}]*\}", "", shape), shape_bytes(shape), groups, times))
             for n in talking:
+                if chain := _CHAIN.search(n.rest):
+                    if chain[1] in chained:
+                        continue
+                    chained.add(chain[1])
                 kind = n.op.removesuffix("-start")
                 given = sum(shape_bytes(shapes.get(operand, "")) for operand in n.operands)
                 made = shape_bytes(n.shape) - (given if _has_operands(n) else 0)
@@ -108,9 +115,27 @@ class Program:
                 shapes = {n.name: n.shape for n in self.computations[name]}
                 for n in self.computations[name]:
                     if n.op not in _NO_TRAFFIC and not n.op.endswith("-done"):
-                        read = sum(shape_bytes(shapes.get(operand, ""), main_memory=True) for operand in n.operands)
-                        total += times * ((0 if _has_operands(n) else read) + shape_bytes(n.shape, main_memory=True))
+                        total += times * self._moved(n, [shapes.get(operand, "") for operand in n.operands])
         return total
+
+    def _moved(self, n: Instruction, operands: Sequence[str]) -> int:
+        """Bytes of main memory that an instruction reads and writes, given the shapes of its operands."""
+        made = _parts(n.shape)
+        if n.op == "slice-start":  # it makes (operand, slice, context), and touches no more of the operand than the slice
+            piece = made[len(operands)]
+            return shape_bytes(piece) * sum(shape_bytes(each, main_memory=True) > 0 for each in (operands[0], piece))
+        read = [] if _has_operands(n) else list(operands)
+        for result, operand in self._handed_on(n):
+            made[result] = read[operand] = ""  # of no bytes
+        return sum(shape_bytes(each, main_memory=True) for each in (*read, *made))
+
+    def _handed_on(self, n: Instruction) -> list[tuple[int, int]]:
+        """(part of the result, operand) of a fusion beside a collective, where they are one buffer: what that one works on."""
+        called = re.search(r"calls=%?([\w.-]+)", n.rest)
+        inside = self.computations.get(called[1], []) if n.op == "fusion" and called else []
+        if not any(_CHAIN.search(each.rest) for each in inside):
+            return []
+        return [(int(result or 0), int(operand)) for result, operand in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", n.rest)]
 
     def _visited(self) -> Iterator[tuple[str, int, bool]]:
         """Computations, how often each runs, and whether its instructions stand on their own rather than in a fusion."""
@@ -161,6 +186,11 @@ class Program:
 def _has_operands(instruction: Instruction) -> bool:
     """Whether the shape of the result is of the operands and the results together, as that of a start is."""
     return instruction.op.endswith("-start") and instruction.op != "all-reduce-start"
+
+
+def _parts(shape: str) -> list[str]:
+    """A tuple's shapes, of tuples in it too, as they are written; or the one shape."""
+    return [match[0] for match in _SHAPE.finditer(shape)]
 
 
 def _iota(text: str) -> np.ndarray:

@@ -56,7 +56,7 @@ def latent_statistics(encoder: Encoder, source: Source, limit: int, workers: int
     Exact over what is sampled: E[z] = E[mean], Var[z] = E[mean^2 + var] - E[z]^2.
     """
     total = min(limit or len(source), len(source))
-    first, second, count = 0.0, 0.0, 0
+    first, second, count = np.zeros(()), np.zeros(()), 0
     batches = Batches(source, encoder.batch_size, seed=0, workers=workers)
     with closing(batches.iterate(0)) as data:
         for start in tqdm(range(0, total, encoder.batch_size), desc="latent statistics", unit="batch", mininterval=5):

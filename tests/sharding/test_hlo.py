@@ -72,6 +72,59 @@ def test_memory_traffic_counts_loops_and_leaves_out_vector_memory() -> None:
     assert Program(TEXT).memory_bytes() == once + 5 * 2 * row + 7 * (2 * row + 4)
 
 
+# One gather beside a product and another, as libtpu 0.0.50 writes it, and an operand that is brought to the vector memory in two pieces.
+CHAIN = """HloModule jit_g, is_scheduled=true, num_partitions=4
+%first (a: f32[4,8]) -> (f32[4,8], f32[16,8], u32[]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %gather.1 = f32[16,8]{1,0} all-gather(%a), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %call.1 = (f32[4,8]{1,0}, f32[16,8]{1,0}, u32[]{:S(2)}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (a: f32[4,8], b: f32[16,8], c: u32[], d: f32[32,32]) -> (f32[32,32], f32[4,8], f32[16,8], f32[16,8], u32[]) {
+  %a.2 = f32[4,8]{1,0} parameter(0)
+  %b.2 = f32[16,8]{1,0} parameter(1)
+  %c.2 = u32[]{:S(2)} parameter(2)
+  %d.2 = f32[32,32]{1,0} parameter(3)
+  %product = f32[32,32]{1,0} convolution(%d.2, %d.2), dim_labels=bf_io->bf
+  %gather.2 = f32[16,8]{1,0} all-gather(%a.2), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %all = (f32[32,32]{1,0}, f32[4,8]{1,0}, f32[16,8]{1,0}, f32[16,8]{1,0}, u32[]{:S(2)}) tuple(%product, %a.2, %b.2, %gather.2, %c.2)
+}
+
+%last (a: f32[4,8], b: f32[16,8], c: u32[]) -> f32[16,8] {
+  %a.3 = f32[4,8]{1,0} parameter(0)
+  %b.3 = f32[16,8]{1,0} parameter(1)
+  %c.3 = u32[]{:S(2)} parameter(2)
+  %gather.3 = f32[16,8]{1,0} all-gather(%a.3), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %call.3 = f32[16,8]{1,0} custom-call(%a.3, %b.3, %gather.3, %c.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: f32[4,8], q: f32[32,32]) -> f32[16,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %q = f32[32,32]{1,0} parameter(1)
+  %begun = (f32[4,8]{1,0}, f32[16,8]{1,0}, u32[]{:S(2)}) fusion(%p), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%first
+  %a.4 = f32[4,8]{1,0} get-tuple-element(%begun), index=0
+  %b.4 = f32[16,8]{1,0} get-tuple-element(%begun), index=1
+  %c.4 = u32[]{:S(2)} get-tuple-element(%begun), index=2
+  %both = (f32[32,32]{1,0}, f32[4,8]{1,0}, f32[16,8]{1,0}, f32[16,8]{1,0}, u32[]{:S(2)}) fusion(%a.4, %b.4, %c.4, %q), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {}), {4}: (2, {})}, calls=%beside
+  %ended = f32[16,8]{1,0} fusion(%a.4, %b.4, %c.4), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%last
+  %piece.1 = ((f32[32,32]{1,0}), f32[16,32]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:16], [0:32]}
+  %piece.2 = ((f32[32,32]{1,0}), f32[16,32]{1,0}, s32[]{:S(2)}) slice-start(%q), slice={[16:32], [0:32]}
+  ROOT %there = f32[16,32]{1,0:S(1)} slice-done(%piece.1)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_other_work_is_one() -> None:
+    (gather,) = Program(CHAIN).collectives()
+    assert (gather.kind, gather.bytes, gather.times, gather.groups.tolist()) == ("all-gather", 16 * 8 * 4, 1, [[0, 1, 2, 3]])
+
+
+def test_memory_traffic_beside_a_collective_is_of_the_work_and_of_a_slice_is_the_slice() -> None:
+    gathered, product, shard = 16 * 8 * 4, 2 * 32 * 32 * 4, 4 * 8 * 4
+    pieces = 3 * 16 * 32 * 4  # two are read, one of them is written to main memory
+    assert Program(CHAIN).memory_bytes() == gathered + product + shard + pieces
+
+
 def test_what_is_sent_between_slices() -> None:
     """As XLA:TPU writes it: a program is one slice's, and its host passes sums on."""
     text = """HloModule jit_f, num_partitions=4
