@@ -20,7 +20,6 @@ from ldm_jax.training import plan, programs
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 OVERRIDES = ["--config.train.dtype=float32"]
-SMALL = 24 * 2**20  # bytes of a chip
 
 
 def on(memory: int | None = None) -> Topology:
@@ -60,17 +59,20 @@ def test_a_split_state_takes_its_share(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_said_and_mended(capsys: pytest.CaptureFixture) -> None:
-    """With 256 images the update of a small network takes more than 24 MiB a device; in micro-batches it takes less."""
+    """On devices that lack a byte for the update with less kept, which is among what is tried: in micro-batches it takes less."""
     shallow = ("--config.denoiser.channel_mult=(1,)", "--config.denoiser.attention_levels=()")
     cfg = config("configs/class_cond.py:smoke", "--config.train.batch_size=256", *shallow)
     with cfg.unlocked():
         cfg.mesh.data = 8  # changes of the mesh make room for themselves
-    found = front_door.planned(cfg, on(SMALL), "smoke", ["step"], 8)
+    kept, mesh, _ = front_door.fitted(cfg, jax.devices(), **{"train.remat": "conv+dense+attention"})
+    memory = plan.compile_plan(programs.train_step(programs.plan_stage(kept), mesh), on().chip, None).total - 1
+    found = front_door.planned(cfg, on(memory), "smoke", ["step"], 8)
     said, step = capsys.readouterr().out, found["programs"][0]
     assert found["fits"] is False and "DOES NOT FIT" in said
-    assert step["total"] > SMALL and step["fits"] is False and step["exceeded"] == step["total"] - SMALL
+    assert step["total"] > memory and step["fits"] is False and step["exceeded"] == step["total"] - memory
     advice = found["advice"]["step"]
-    assert advice is not None and advice["program"]["total"] <= SMALL and " ... fits" in said and "too much" in said
+    assert advice is not None and advice["program"]["total"] <= memory and " ... fits" in said
+    assert "train.remat=conv+dense+attention ... 0.00 GiB too much" in said
     assert set(advice["change"]) <= {"mesh.data", "mesh.fsdp", "train.remat", "train.accumulation", "train.batch_size"}
 
 
