@@ -17,7 +17,7 @@ _SHAPE = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 # Between slices XLA:TPU sends through the hosts: a program is one slice's, and its devices are numbered within that.
 _MEGASCALE = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
-# XLA:TPU may run a collective beside other work: each fusion of that, one after the other, names it again and hands on what it works on.
+# XLA:TPU may run a collective beside other work: each fusion of that work names the collective again, and hands its buffers on to the next.
 _CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="\d+"')
 _BITS = re.compile(r"(\d+)")
 _NO_TRAFFIC = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "after-all"}
@@ -130,7 +130,7 @@ class Program:
         return sum(shape_bytes(each, main_memory=True) for each in (*read, *made))
 
     def _handed_on(self, n: Instruction) -> list[tuple[int, int]]:
-        """(part of the result, operand) of a fusion beside a collective, where they are one buffer: what that one works on."""
+        """(part of the result, operand) of a fusion that a collective runs beside, where both are one buffer: those of the collective."""
         called = re.search(r"calls=%?([\w.-]+)", n.rest)
         inside = self.computations.get(called[1], []) if n.op == "fusion" and called else []
         if not any(_CHAIN.search(each.rest) for each in inside):
